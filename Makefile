@@ -1,0 +1,54 @@
+# margo: `make` lists what there is. `make demo` and `make test` are all a
+# newcomer needs: both install what they lack and are quick when nothing is to do.
+
+SHELL := /bin/bash
+GO    ?= go
+BIN   := bin/margo
+SRC   := $(shell find cmd cpu engine cuda -name '*.go' -o -name '*.[ch]' 2>/dev/null) go.mod go.sum
+DEMO  := demo.png
+FUZZTIME ?= 60s
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## list the targets
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+.PHONY: setup
+setup: ## install what building and testing lack (compilers, emulator, modules)
+	@.ci/setup
+
+.PHONY: build
+build: setup $(BIN) ## build bin/margo
+
+$(BIN): $(SRC)
+	$(GO) build -trimpath -ldflags "-s -w -X main.commit=$$(git rev-parse --short HEAD 2>/dev/null || echo unknown)" -o $@ ./cmd/margo
+
+.PHONY: demo
+demo: build ## sample a grid of clothes from the MAR that ships with margo
+	$(BIN) sample --model models/fashion-mar.safetensors --classes 0,1,2,3,4,5,6,7,8,9 -n 40 --batch 40 --out $(DEMO)
+	@echo "The picture is $(CURDIR)/$(DEMO): ten classes across, four samples each."
+
+.PHONY: test
+test: setup ## everything that must pass: format, vet, tests, race detector, sanitizers, arm64
+	@.ci/test
+
+.PHONY: test-short
+test-short: ## unit tests only
+	$(GO) test ./...
+
+.PHONY: fuzz
+fuzz: ## fuzz every parser for FUZZTIME (60s) each
+	@.ci/fuzz $(FUZZTIME)
+
+.PHONY: verify
+verify: build ## replay every golden trace in f32 and bf16
+	@.ci/verify
+
+.PHONY: peers
+peers: ## install the pinned PyTorch that `margo bench --against pytorch` runs
+	bench/peers/setup.sh
+
+.PHONY: clean
+clean: ## remove what was built
+	rm -rf bin $(DEMO)

@@ -1,0 +1,178 @@
+// core.h: the C core of the CPU device, as the op kernels see it.
+//
+// Layers: memory (mc_alloc), one process-wide worker pool (mc_parallel), and
+// per instruction set a table of kernels (struct mc_kernels) chosen at run
+// time. Code that needs vectors is written once in *.inc.h files over simd.h,
+// and compiled once per instruction set by isa_*.c; see isa.inc.h.
+//
+// No function aborts, exits, prints, or keeps thread-local state. Functions
+// return MC_OK or another enum mc_status.
+#ifndef MARGO_CPU_CORE_H
+#define MARGO_CPU_CORE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+typedef uint16_t mc_bf16; // upper half of an IEEE binary32
+
+enum mc_status { MC_OK = 0, MC_NOMEM = 1, MC_INVALID = 2, MC_CANCELLED = 3 };
+enum mc_dtype { MC_F32 = 0, MC_BF16 = 1, MC_I32 = 2 };              // engine.DType
+enum mc_act { MC_NONE = 0, MC_GELU_ERF = 1, MC_GELU_TANH = 2, MC_SILU = 3 }; // engine.Activation
+
+#define MC_LINE 64 // bytes of a cache line; alignment of every allocation
+#define MC_NR 32   // columns of a packed panel, for every instruction set
+
+static inline int64_t mc_min(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t mc_max(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline int64_t mc_ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// ---- memory (mem.c) --------------------------------------------------------
+
+// mc_alloc returns zero-filled memory aligned to MC_LINE, and from 1 MiB on to
+// 2 MiB with huge pages asked for. NULL when there is none. mc_free takes NULL.
+void *mc_alloc(size_t bytes);
+void mc_free(void *p);
+
+// ---- worker pool (pool.c) --------------------------------------------------
+
+struct mc_team;
+
+// mc_worker is what a region's function gets: which of nt workers it is, and
+// scratch that belongs to it alone until the region ends (contents undefined).
+struct mc_worker {
+	int tid, nt;
+	void *scratch; // MC_LINE aligned, of the size asked from mc_parallel
+	struct mc_team *team;
+};
+
+typedef void (*mc_fn)(struct mc_worker *w, void *ctx);
+
+// mc_parallel runs fn on up to nt workers, the caller being worker 0, each with
+// scratch bytes of its own, and returns when all have finished. nt <= 0 means
+// mc_default_threads(). MC_NOMEM if scratch or a thread cannot be had; then fn
+// has not run. Regions of different callers run one after another. Must not be
+// called inside a region.
+int mc_parallel(int nt, size_t scratch, mc_fn fn, void *ctx);
+
+// mc_default_threads is the number of CPUs this process may use: affinity mask
+// and cgroup quota, at least 1.
+int mc_default_threads(void);
+
+// mc_barrier waits until all workers of the region have called it.
+void mc_barrier(struct mc_worker *w);
+
+// mc_take hands out 0, 1, 2, ... to the workers of a region, each number once:
+// dynamic distribution of work. What a number stands for must not depend on who
+// takes it. mc_take_reset makes it start from 0 again; all workers call it, and
+// it holds a barrier.
+int64_t mc_take(struct mc_worker *w);
+void mc_take_reset(struct mc_worker *w);
+
+// mc_share gives worker tid's part [*lo, *hi) of n items in pieces of grain.
+static inline void mc_share(const struct mc_worker *w, int64_t n, int64_t grain, int64_t *lo, int64_t *hi) {
+	int64_t units = mc_ceil(n, grain);
+	*lo = mc_min(n, units * w->tid / w->nt * grain);
+	*hi = mc_min(n, units * (w->tid + 1) / w->nt * grain);
+}
+
+// ---- GEMM (gemm.inc.h) -----------------------------------------------------
+
+// Packed weight of [n, k]: panels of MC_NR rows of W, zero padded to MC_NR.
+// f32:  panel[kk][MC_NR] floats, kk = 0 … k-1
+// bf16: panel[kk/2][MC_NR] pairs, uint32 = W[j][kk] | W[j][kk+1] << 16, odd k
+//       padded with 0
+// Panels follow each other; each takes mc_panel_bytes.
+static inline int64_t mc_panel_bytes(int dtype, int64_t k) {
+	return (dtype == MC_BF16 ? (k + 1) / 2 : k) * MC_NR * 4;
+}
+static inline int64_t mc_packed_bytes(int dtype, int64_t n, int64_t k) {
+	return mc_ceil(n, MC_NR) * mc_panel_bytes(dtype, k);
+}
+
+// Epilogue of a matrix product: y = r + g * act(t + b), each part optional.
+// Rows and columns are those of the output matrix. Pointers address element
+// (0, 0); strides in elements.
+struct mc_epilogue {
+	void *y;        // y_dtype
+	int64_t ldy;
+	int y_dtype;
+	int act;
+	const float *bias; // [n]
+	const float *gate; // row r uses gate row r / gate_rows
+	int64_t ldg, gate_rows;
+	const float *res; // may be y
+	int64_t ldr;
+};
+
+// Y[m, n] = epilogue(X · W[n0 … n0+n-1]ᵀ); bias is indexed from 0 for column n0.
+// X f32 with W bf16 is rounded to bf16 first.
+struct mc_gemm {
+	int64_t m, n, k, n0;
+	const void *x;
+	int64_t ldx;
+	int x_dtype, w_dtype;
+	const void *w; // packed
+	struct mc_epilogue epi;
+};
+
+int mc_gemm_run(const struct mc_gemm *g, int nt);
+
+// mc_pack packs W [n, k] with row stride ldw into dst (mc_packed_bytes).
+int mc_pack(void *dst, int dst_dtype, const void *w, int64_t ldw, int w_dtype, int64_t n, int64_t k, int nt);
+
+// ---- kernels per instruction set --------------------------------------------
+
+struct mc_ops;  // the other ops: ops.h
+struct mc_head; // head.h
+
+struct mc_kernels {
+	const char *name; // "avx512-bf16", "avx2", "generic"
+
+	// Panel product: C[m, 32] (+)= A[m, k] · B, with B [k][32] at row stride ldb
+	// (MC_NR if packed). m >= 0 and k >= 0 are free; all 32 columns of B are
+	// read and of C written. add: C is added to, else overwritten (k = 0 then
+	// gives zeros). Each element is summed over k in order, whatever m is.
+	// Fastest when A's rows are not a multiple of 4096 bytes apart.
+	void (*mul_f32)(int64_t m, int64_t k, const float *a, int64_t lda, const float *b, int64_t ldb,
+	                float *c, int64_t ldc, int add);
+	// The same for bf16: B holds pairs, (k+1)/2 rows of 32 uint32 at row stride
+	// ldb (in pairs); with odd k the second half of the last pair is ignored.
+	// Sums are f32, pair after pair. Rows of A need no alignment.
+	void (*mul_bf16)(int64_t m, int64_t k, const mc_bf16 *a, int64_t lda, const uint32_t *b, int64_t ldb,
+	                 float *c, int64_t ldc, int add);
+
+	// One panel from n <= 32 rows of k elements (row stride ld), zero padded:
+	// dst[kk][j] = src[j][kk]. For W, and for K of Q·Kᵀ.
+	void (*pack_nk_f32)(float *dst, const void *src, int src_dtype, int64_t ld, int64_t n, int64_t k);
+	void (*pack_nk_bf16)(uint32_t *dst, const void *src, int src_dtype, int64_t ld, int64_t n, int64_t k);
+	// One panel from k rows of n <= 32 elements (row stride ld), zero padded:
+	// dst[kk][j] = src[kk][j]. For V of P·V. (f32 V can be used in place.)
+	void (*pack_kn_bf16)(uint32_t *dst, const void *src, int src_dtype, int64_t ld, int64_t n, int64_t k);
+
+	// Epilogue on m rows and n <= 32 columns of a tile t (row stride ldt floats;
+	// t is read in whole vectors up to column 32) whose first element is (r0, c0).
+	void (*epilogue)(const struct mc_epilogue *e, int64_t r0, int64_t c0, int64_t m, int64_t n,
+	                 const float *t, int64_t ldt);
+
+	// Conversions of n elements; bf16 rounds to nearest even, NaN stays NaN.
+	void (*to_bf16)(mc_bf16 *dst, const float *src, int64_t n);
+	void (*to_f32)(float *dst, const mc_bf16 *src, int64_t n);
+
+	// GEMM on one worker's share, called by mc_gemm_run.
+	void (*gemm)(struct mc_worker *w, const struct mc_gemm *g);
+	// Head loop, called by mc_head_run (head.h).
+	void (*head)(struct mc_worker *w, struct mc_head *h);
+
+	const struct mc_ops *ops;
+};
+
+// mc_kern is the table for this machine, or the one MARGO_CPU_ISA names
+// ("avx512", "avx2", "generic") if the machine can run it.
+const struct mc_kernels *mc_kern(void);
+// mc_kern_named is the table of that name, NULL if unknown or not runnable.
+const struct mc_kernels *mc_kern_named(const char *name);
+// mc_kern_force makes mc_kern return k from now on (tests; not thread safe
+// against running kernels). NULL goes back to the default.
+void mc_kern_force(const struct mc_kernels *k);
+
+#endif

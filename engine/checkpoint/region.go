@@ -1,0 +1,137 @@
+package checkpoint
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"runtime/debug"
+	"sync"
+	"unsafe"
+
+	"margo/engine"
+)
+
+// errTruncated is what reading past the end of a file that shrank gives.
+var errTruncated = errors.New("the file was truncated while it was open")
+
+// region is a file's bytes: mapped where the system can, else read piecewise.
+// Its methods may be called from several goroutines.
+type region struct {
+	mu     sync.RWMutex // Close must not unmap under a reader
+	mem    []byte       // the mapping; nil without one
+	mapped bool         // mem came from mmap, not from the heap
+	file   *os.File
+	size   int64
+	closed bool
+}
+
+func openRegion(path string) (*region, error) {
+	op := "open " + path
+	f, err := os.Open(path)
+	if err != nil {
+		var pe *os.PathError
+		if errors.As(err, &pe) { // "open x: open x: no such file" says it twice
+			err = pe.Err
+		}
+		return nil, &engine.Error{Op: op, Kind: engine.IO, Err: err}
+	}
+	st, err := f.Stat()
+	if err == nil && !st.Mode().IsRegular() {
+		err = errors.New("not a regular file")
+	}
+	if err == nil && st.Size() == 0 {
+		err = errors.New("the file is empty")
+	}
+	if err != nil {
+		f.Close()
+		return nil, &engine.Error{Op: op, Kind: engine.IO, Err: err}
+	}
+	r := &region{file: f, size: st.Size()}
+	if mem, err := mmap(f, r.size); err == nil {
+		r.mem, r.mapped = mem, true
+	}
+	return r, nil
+}
+
+func memRegion(b []byte) *region { return &region{mem: b, size: int64(len(b))} }
+
+// ReadAt copies bytes out, all or none. A page that is gone since the file was
+// mapped (SIGBUS) is an error.
+func (r *region) ReadAt(dst []byte, off int64) (n int, err error) {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	switch {
+	case r.closed:
+		return 0, os.ErrClosed
+	case off < 0 || off > r.size:
+		return 0, fmt.Errorf("offset %d outside the file of %d bytes", off, r.size)
+	}
+	want := len(dst)
+	if int64(want) > r.size-off { // io.ReaderAt's contract, which archive/zip uses
+		dst, err = dst[:r.size-off], io.EOF
+	}
+	if r.mem == nil {
+		n, rerr := r.file.ReadAt(dst, off)
+		if n < len(dst) {
+			if rerr == io.EOF {
+				rerr = errTruncated
+			}
+			return n, rerr
+		}
+		return n, err
+	}
+	if cerr := copyGuarded(dst, r.mem[off:]); cerr != nil {
+		return 0, cerr
+	}
+	return len(dst), err
+}
+
+// copyGuarded copies len(dst) bytes from mapped memory; a memory fault inside
+// src becomes an error. Faults elsewhere stay what they are.
+func copyGuarded(dst, src []byte) (err error) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		p := recover()
+		if p == nil {
+			return
+		}
+		if f, ok := p.(interface{ Addr() uintptr }); ok && len(src) > 0 {
+			base := uintptr(unsafe.Pointer(unsafe.SliceData(src)))
+			if a := f.Addr(); a >= base && a-base < uintptr(len(src)) {
+				err = errTruncated
+				return
+			}
+		}
+		panic(p)
+	}()
+	copy(dst, src)
+	return nil
+}
+
+// drop tells the system that the pages of [off, off+n) are not needed for now.
+func (r *region) drop(off, n int64) {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	if !r.closed && r.mapped && n > 0 && off >= 0 && off <= r.size-n {
+		dropPages(r.mem, off, n)
+	}
+}
+
+func (r *region) Close() error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.closed {
+		return nil
+	}
+	r.closed = true
+	var err error
+	if r.mapped {
+		err = munmap(r.mem)
+	}
+	r.mem = nil
+	if r.file != nil {
+		err = errors.Join(err, r.file.Close())
+	}
+	return err
+}

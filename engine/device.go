@@ -1,0 +1,65 @@
+package engine
+
+// Op names an operation of Kernels, for support tables, plans and errors.
+type Op string
+
+// Info describes a device. Peaks are measured, 0 where nobody measured.
+type Info struct {
+	Name       string // "cpu", "ref", "cuda:0"
+	Model      string // "AMD EPYC", "NVIDIA H100"
+	Arch       string // "avx512-bf16", "sm_90"
+	Threads    int    // worker threads, or multiprocessors
+	MemTotal   int64  // bytes
+	MemFree    int64
+	PeakF32    float64 // FLOP/s
+	PeakBF16   float64
+	PeakMemory float64 // bytes/s
+}
+
+// Device owns memory and makes streams. Its methods may be called from any
+// goroutine; a Stream belongs to one goroutine at a time.
+type Device interface {
+	Name() string
+	Info() Info
+	Supports(Op, DType) bool
+	NewStream() (Stream, error)
+	// Alloc returns memory aligned for any dtype; its contents are undefined
+	// (NaN in debug mode). Fails with OutOfMemory, never aborts.
+	Alloc(bytes int) (Buffer, error)
+	// Pack prepares a weight matrix for Gemm, once; nil means the device wants
+	// no packing. The source may be freed afterwards.
+	Pack(PackArgs) (Packed, error)
+	Close() error
+}
+
+// Packed is a weight in the device's own layout.
+type Packed interface {
+	Bytes() int
+	Free() error
+}
+
+// Event marks a point of a stream.
+type Event interface{ Close() error }
+
+// Graph is a recorded sequence of kernels that can be launched again.
+type Graph interface{ Close() error }
+
+// Stream is an ordered queue of kernels. Calls enqueue; only Sync, CopyOut
+// and Close wait. An error of an enqueued kernel surfaces at the latest in
+// the next waiting call, with the op's name.
+type Stream interface {
+	Kernels
+	Device() Device
+	// CopyIn has taken the data when it returns. src holds the elements of the
+	// contiguous tensor dst in its dtype, little endian.
+	CopyIn(dst *Tensor, src []byte) error
+	CopyOut(dst []byte, src *Tensor) error
+	Copy(dst, src *Tensor) error // same dtype and shape, rows may be strided
+	Fill(dst *Tensor, v float32) error
+	Record() (Event, error)
+	Wait(Event) error
+	Capture(func() error) (Graph, error)
+	Launch(Graph) error
+	Sync() error
+	Close() error
+}
