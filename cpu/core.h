@@ -47,16 +47,12 @@ struct mc_worker {
 
 typedef void (*mc_fn)(struct mc_worker *w, void *ctx);
 
-// mc_parallel runs fn on up to nt workers, the caller being worker 0, each with
-// scratch bytes of its own, and returns when all have finished. nt <= 0 means
-// mc_default_threads(). MC_NOMEM if scratch or a thread cannot be had; then fn
-// has not run. Regions of different callers run one after another. Must not be
-// called inside a region.
+// mc_parallel runs fn on nt workers (at least 1), the caller being worker 0, each
+// with scratch bytes of its own, and returns when all have finished. MC_NOMEM if
+// scratch or a thread cannot be had; then fn has not run. Regions of different
+// callers run side by side while the machine has CPUs for all their workers,
+// else in turn. Must not be called inside a region.
 int mc_parallel(int nt, size_t scratch, mc_fn fn, void *ctx);
-
-// mc_default_threads is the number of CPUs this process may use: affinity mask
-// and cgroup quota, at least 1.
-int mc_default_threads(void);
 
 // mc_barrier waits until all workers of the region have called it.
 void mc_barrier(struct mc_worker *w);
@@ -105,7 +101,7 @@ struct mc_epilogue {
 };
 
 // Y[m, n] = epilogue(X · W[n0 … n0+n-1]ᵀ); bias is indexed from 0 for column n0.
-// X f32 with W bf16 is rounded to bf16 first.
+// X is converted to the dtype of W if it has another.
 struct mc_gemm {
 	int64_t m, n, k, n0;
 	const void *x;
@@ -136,7 +132,8 @@ struct mc_kernels {
 	void (*mul_f32)(int64_t m, int64_t k, const float *a, int64_t lda, const float *b, int64_t ldb,
 	                float *c, int64_t ldc, int add);
 	// The same for bf16: B holds pairs, (k+1)/2 rows of 32 uint32 at row stride
-	// ldb (in pairs); with odd k the second half of the last pair is ignored.
+	// ldb (in pairs); with odd k the second half of the last pair must be finite
+	// (packing pads with 0), and A is not read beyond k.
 	// Sums are f32, pair after pair. Rows of A need no alignment.
 	void (*mul_bf16)(int64_t m, int64_t k, const mc_bf16 *a, int64_t lda, const uint32_t *b, int64_t ldb,
 	                 float *c, int64_t ldc, int add);
@@ -162,6 +159,12 @@ struct mc_kernels {
 	void (*gemm)(struct mc_worker *w, const struct mc_gemm *g);
 	// Head loop, called by mc_head_run (head.h).
 	void (*head)(struct mc_worker *w, struct mc_head *h);
+
+	// peak runs iters rounds of register-only multiply-adds and returns the
+	// floating-point operations done; stream reads bytes (a multiple of 4096)
+	// and returns something that depends on all of them. For measuring.
+	double (*peak)(int dtype, int64_t iters);
+	float (*stream)(const float *p, int64_t bytes);
 
 	const struct mc_ops *ops;
 };

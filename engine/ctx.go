@@ -1,6 +1,9 @@
 package engine
 
-import "unsafe"
+import (
+	"sync/atomic"
+	"unsafe"
+)
 
 // Ctx is what model code runs in: a stream to launch on, an arena for
 // activations and the dtype of GEMM operands. The first error sticks: later
@@ -49,6 +52,15 @@ func (c *Ctx) Fail(err error) {
 
 // ClearErr forgets the error, so that a context can be used again.
 func (c *Ctx) ClearErr() error { err := c.err; c.err = nil; return err }
+
+// Poll reports whether c should stop: an error has stuck, or Cancel is set,
+// which then sticks as Cancelled. Model code asks between layers.
+func (c *Ctx) Poll() bool {
+	if c.err == nil && c.Cancel != nil && atomic.LoadUint32(c.Cancel) != 0 {
+		c.err = &Error{Op: "run", Kind: Cancelled}
+	}
+	return c.err != nil
+}
 
 // New takes a tensor with undefined contents from the arena; nil after an error.
 func (c *Ctx) New(d DType, shape ...int) *Tensor {

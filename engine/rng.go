@@ -19,13 +19,14 @@ const (
 // four words under a key of two.
 func Philox(counter [4]uint32, key uint64) [4]uint32 {
 	const m0, m1, w0, w1 = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85
-	c, k0, k1 := counter, uint32(key), uint32(key>>32)
+	k0, k1 := uint32(key), uint32(key>>32)
+	a, b, c, d := counter[0], counter[1], counter[2], counter[3] // in registers
 	for i := 0; i < 10; i++ {
-		p0, p1 := uint64(m0)*uint64(c[0]), uint64(m1)*uint64(c[2])
-		c = [4]uint32{uint32(p1>>32) ^ c[1] ^ k0, uint32(p1), uint32(p0>>32) ^ c[3] ^ k1, uint32(p0)}
+		p0, p1 := uint64(m0)*uint64(a), uint64(m1)*uint64(c)
+		a, b, c, d = uint32(p1>>32)^b^k0, uint32(p1), uint32(p0>>32)^d^k1, uint32(p0)
 		k0, k1 = k0+w0, k1+w1
 	}
-	return c
+	return [4]uint32{a, b, c, d}
 }
 
 // Counter is the layout of Philox's counter: word 0 is element/4, word 1 is

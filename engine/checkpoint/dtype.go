@@ -59,36 +59,36 @@ var le = binary.LittleEndian
 
 // convert writes the elements of src, stored as from, to dst, stored as to,
 // rounding to nearest even once. It reports whether it knows the conversion.
-// len(dst)/to.Size() elements are converted.
 func convert(dst []byte, to DType, src []byte, from DType) bool {
 	if to == from {
 		copy(dst, src)
 		return true
 	}
+	// Advancing slices keep bounds checks out of the loops.
 	switch {
 	case from == F32 && to == BF16:
-		for i := 0; i < len(dst)/2; i++ {
-			le.PutUint16(dst[2*i:], engine.ToBF16(math.Float32frombits(le.Uint32(src[4*i:]))))
+		for ; len(dst) >= 2 && len(src) >= 4; dst, src = dst[2:], src[4:] {
+			le.PutUint16(dst, engine.ToBF16(math.Float32frombits(le.Uint32(src))))
 		}
 	case from == BF16 && to == F32:
-		for i := 0; i < len(dst)/4; i++ {
-			le.PutUint32(dst[4*i:], uint32(le.Uint16(src[2*i:]))<<16)
+		for ; len(dst) >= 4 && len(src) >= 2; dst, src = dst[4:], src[2:] {
+			le.PutUint32(dst, uint32(le.Uint16(src))<<16)
 		}
 	case from == F16 && to == F32:
-		for i := 0; i < len(dst)/4; i++ {
-			le.PutUint32(dst[4*i:], math.Float32bits(halfToF32(le.Uint16(src[2*i:]))))
+		for ; len(dst) >= 4 && len(src) >= 2; dst, src = dst[4:], src[2:] {
+			le.PutUint32(dst, math.Float32bits(halfToF32(le.Uint16(src))))
 		}
 	case from == F16 && to == BF16:
-		for i := 0; i < len(dst)/2; i++ {
-			le.PutUint16(dst[2*i:], engine.ToBF16(halfToF32(le.Uint16(src[2*i:]))))
+		for ; len(dst) >= 2 && len(src) >= 2; dst, src = dst[2:], src[2:] {
+			le.PutUint16(dst, engine.ToBF16(halfToF32(le.Uint16(src))))
 		}
 	case from == F64 && to == F32:
-		for i := 0; i < len(dst)/4; i++ {
-			le.PutUint32(dst[4*i:], math.Float32bits(float32(math.Float64frombits(le.Uint64(src[8*i:])))))
+		for ; len(dst) >= 4 && len(src) >= 8; dst, src = dst[4:], src[8:] {
+			le.PutUint32(dst, math.Float32bits(float32(math.Float64frombits(le.Uint64(src)))))
 		}
 	case from == F64 && to == BF16:
-		for i := 0; i < len(dst)/2; i++ {
-			le.PutUint16(dst[2*i:], engine.ToBF16(roundToOdd(math.Float64frombits(le.Uint64(src[8*i:])))))
+		for ; len(dst) >= 2 && len(src) >= 8; dst, src = dst[2:], src[8:] {
+			le.PutUint16(dst, engine.ToBF16(roundToOdd(math.Float64frombits(le.Uint64(src)))))
 		}
 	default:
 		return false

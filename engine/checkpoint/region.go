@@ -28,24 +28,30 @@ type region struct {
 
 func openRegion(path string) (*region, error) {
 	op := "open " + path
-	f, err := os.Open(path)
-	if err != nil {
+	fail := func(err error) (*region, error) {
 		var pe *os.PathError
 		if errors.As(err, &pe) { // "open x: open x: no such file" says it twice
 			err = pe.Err
 		}
 		return nil, &engine.Error{Op: op, Kind: engine.IO, Err: err}
 	}
-	st, err := f.Stat()
-	if err == nil && !st.Mode().IsRegular() {
-		err = errors.New("not a regular file")
+	st, err := os.Stat(path) // first: opening a FIFO would wait for its writer
+	if err != nil {
+		return fail(err)
 	}
-	if err == nil && st.Size() == 0 {
+	if !st.Mode().IsRegular() {
+		return fail(errors.New("not a regular file"))
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		return fail(err)
+	}
+	if st, err = f.Stat(); err == nil && st.Size() == 0 {
 		err = errors.New("the file is empty")
 	}
 	if err != nil {
 		f.Close()
-		return nil, &engine.Error{Op: op, Kind: engine.IO, Err: err}
+		return fail(err)
 	}
 	r := &region{file: f, size: st.Size()}
 	if mem, err := mmap(f, r.size); err == nil {

@@ -1,0 +1,71 @@
+package bench
+
+import (
+	"os"
+	"os/exec"
+	"runtime"
+	"runtime/debug"
+	"strings"
+	"time"
+)
+
+// Machine is where and with what a result was made.
+type Machine struct {
+	CPU     string    `json:"cpu"`
+	Cores   int       `json:"cores"`
+	OS      string    `json:"os"`
+	Kernel  string    `json:"kernel"`
+	Go      string    `json:"go"`
+	Commit  string    `json:"commit"`
+	Command string    `json:"command"`
+	Time    time.Time `json:"time"`
+	Device  string    `json:"device"` // name, instruction set and threads
+	PeakF32 float64   `json:"peak_f32_flops"`
+	PeakB16 float64   `json:"peak_bf16_flops"`
+	ReadBW  float64   `json:"read_bytes_per_s"`
+}
+
+// ThisMachine fills in everything but the device's figures.
+func ThisMachine() Machine {
+	m := Machine{CPU: cpuModel(), Cores: runtime.NumCPU(), OS: runtime.GOOS + "/" + runtime.GOARCH,
+		Go: runtime.Version(), Commit: commit(), Command: strings.Join(os.Args, " "), Time: time.Now().UTC().Truncate(time.Second)}
+	if b, err := os.ReadFile("/proc/sys/kernel/osrelease"); err == nil {
+		m.Kernel = strings.TrimSpace(string(b))
+	}
+	return m
+}
+
+func cpuModel() string {
+	b, err := os.ReadFile("/proc/cpuinfo")
+	if err != nil {
+		return "unknown"
+	}
+	for _, line := range strings.Split(string(b), "\n") {
+		if k, v, ok := strings.Cut(line, ":"); ok && strings.TrimSpace(k) == "model name" {
+			return strings.TrimSpace(v)
+		}
+	}
+	return runtime.GOARCH
+}
+
+// commit asks the build first, then git in the working directory.
+func commit() string {
+	if info, ok := debug.ReadBuildInfo(); ok {
+		rev, dirty := "", ""
+		for _, s := range info.Settings {
+			switch {
+			case s.Key == "vcs.revision":
+				rev = s.Value
+			case s.Key == "vcs.modified" && s.Value == "true":
+				dirty = "+"
+			}
+		}
+		if rev != "" {
+			return rev[:min(12, len(rev))] + dirty
+		}
+	}
+	if out, err := exec.Command("git", "describe", "--always", "--dirty=+").Output(); err == nil {
+		return strings.TrimSpace(string(out))
+	}
+	return "unknown"
+}

@@ -1,0 +1,198 @@
+"""The PyTorch peer of `margo bench --against pytorch`: a server of JSON lines on standard input and output.
+
+One request a line, one reply a line; a request that fails is answered with {"error": ...} and the server goes on. It
+ends when its input ends. Anything that libraries print goes to standard error. README.md has the protocol in full.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import resource
+import sys
+import time
+import traceback
+
+import torch
+
+from draws import RandomDraws
+from eager import EagerSampler
+from kl import load_tokenizer
+from model import load_mar
+from schedule import Diffusion, masked_counts
+from tuned import TunedSampler
+
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+SAMPLERS = {"eager": EagerSampler, "tuned": TunedSampler}
+
+
+def choice(name, value, allowed):
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; allowed: {', '.join(map(str, allowed))}")
+    return value
+
+
+@dataclasses.dataclass
+class Request:
+    """What to sample; the fields are those of the "run" command."""
+
+    batch: int
+    labels: list | None = None
+    iters: int = 64
+    head_steps: int = 100
+    cfg: float = 1.0
+    cfg_schedule: str = "linear"
+    temperature: float = 1.0
+    max_timestep: int = 999
+    subset: list | None = None
+    seed: int = 0
+    decode: bool = False
+
+    def __post_init__(self):
+        choice("cfg_schedule", self.cfg_schedule, ("linear", "constant"))
+        for name in ("batch", "iters", "head_steps"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, not a positive integer")
+        if self.labels is not None and len(self.labels) != self.batch:
+            raise ValueError(f"{len(self.labels)} labels for a batch of {self.batch}")
+        self.subset = set(range(self.iters)) if self.subset is None else set(self.subset)
+        outside = [i for i in sorted(self.subset) if not 0 <= i < self.iters]
+        if outside or not self.subset:
+            raise ValueError(f"subset {outside} is not within iterations 0..{self.iters - 1}")
+        self.diffusion = Diffusion(self.head_steps, self.max_timestep)
+
+    def check(self, mar):
+        """Errors that depend on the model."""
+        if self.iters > mar.seq_len:
+            raise ValueError(f"{self.iters} iterations for {mar.seq_len} tokens")
+        bad = [c for c in self.labels or () if not 0 <= c < mar.config["class_num"]]
+        if bad:
+            raise ValueError(f"classes {bad} of a model with {mar.config['class_num']}")
+
+
+class Clock:
+    """Seconds of each iteration by part; `total` holds what the parts leave out as well."""
+
+    def __init__(self):
+        self.rows = []
+
+    def iteration(self, index, **seconds):
+        self.rows.append({"index": index, **seconds})
+
+    def sum(self, part):
+        return sum(row[part] for row in self.rows)
+
+
+class Peer:
+    def __init__(self):
+        self.mar = self.sampler = self.tokenizer = None
+
+    def info(self, _):
+        return {"python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads(),
+                "capability": torch.backends.cpu.get_cpu_capability(), "mkl": torch.backends.mkl.is_available(),
+                "mkldnn": torch.backends.mkldnn.is_available(),
+                "mkldnn_bf16": bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+                "config": torch.__config__.show().splitlines(), "pid": os.getpid()}
+
+    def load(self, request):
+        mode = choice("mode", request.get("mode", "eager"), SAMPLERS)
+        dtype = DTYPES[choice("dtype", request.get("dtype", "f32"), DTYPES)]
+        torch.set_num_threads(int(request.get("threads") or os.cpu_count()))
+        started = time.perf_counter()
+        self.mar = self.sampler = self.tokenizer = None  # give the memory back first
+        reply = {"mode": mode, "threads": torch.get_num_threads()}
+        if request.get("config") is not None or request.get("weights") is not None:
+            self.mar = load_mar(request.get("config"), request.get("weights"))
+            reply["parameters"] = sum(p.numel() for p in self.mar.parameters())
+            self.sampler = SAMPLERS[mode](self.mar, dtype)
+        if request.get("tokenizer") is not None:
+            t = request["tokenizer"]
+            self.tokenizer = load_tokenizer(t.get("config"), t.get("weights"), mode, dtype, t.get("latent_scale"))
+            reply["tokenizer_parameters"] = sum(p.numel() for p in self.tokenizer.decoder.parameters())
+        if self.sampler is None and self.tokenizer is None:
+            raise ValueError("load needs a config, weights or a tokenizer")
+        return {**reply, "seconds_total": time.perf_counter() - started}
+
+    def need(self, part):
+        value = getattr(self, part)
+        if value is None:
+            raise ValueError(f"no {part} loaded")
+        return value
+
+    def sample(self, request, draws=None):
+        """Returns (latents [N, c, h, w], pixels or None, reply)."""
+        sampler, mar = self.need("sampler"), self.mar
+        request.check(mar)
+        tokenizer = self.need("tokenizer") if request.decode else None
+        clock = Clock()
+        with sampler.context():
+            started = time.perf_counter()
+            sampler.prepare(request)
+            setup = time.perf_counter() - started
+            latents = mar.unpatchify(sampler.sample(request, draws or RandomDraws(request.seed), clock))
+        pixels, vae = None, 0.0
+        if tokenizer:
+            started = time.perf_counter()
+            pixels = tokenizer.decode(latents)
+            vae = time.perf_counter() - started
+        parts = {part: clock.sum(part) for part in ("enc", "dec", "head")}
+        return latents, pixels, {
+            "seconds_total": setup + clock.sum("total") + vae, "setup": setup, **parts, "vae": vae,
+            "iterations": len(clock.rows), "per_iteration": clock.rows,
+            "tokens_absmax": latents.abs().max().item(), "peak_rss_kib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+
+    def run(self, request):
+        save = request.pop("save", None)
+        latents, pixels, reply = self.sample(Request(**request))
+        if save:
+            from safetensors.torch import save_file
+            save_file({"latents": latents.contiguous(), **({} if pixels is None else {"pixels": pixels.contiguous()})}, save)
+        return reply
+
+    def warm(self, request):
+        """One iteration of each size that the run will have, two head steps each, the images decoded if the run's are."""
+        request.pop("save", None)
+        full = Request(**request)
+        full.check(self.need("mar"))
+        counts, sizes = masked_counts(self.mar.seq_len, full.iters), {}
+        for i in sorted(full.subset):
+            sizes.setdefault(counts[i] - counts[i + 1], i)
+        few = {**request, "subset": sorted(sizes.values()), "head_steps": min(2, full.head_steps)}
+        return {"seconds_total": self.sample(Request(**few))[2]["seconds_total"]}
+
+    def decode(self, request):
+        """The tokenizer alone, on random latents of the size that the model (or height and width) asks for."""
+        tokenizer, n = self.need("tokenizer"), int(request.get("batch", 1))
+        config = tokenizer.decoder.config
+        side = config["resolution"] // 2 ** (len(config["ch_mult"]) - 1)
+        if self.mar is not None:
+            side = self.mar.side * self.mar.config["patch_size"]
+        h, w = int(request.get("height", side)), int(request.get("width", side))
+        generator = torch.Generator().manual_seed(int(request.get("seed", 0)))
+        z = torch.randn(n, tokenizer.decoder.post_quant_conv.in_channels, h, w, generator=generator) * tokenizer.scale
+        started = time.perf_counter()
+        tokenizer.decode(z)
+        return {"seconds_total": time.perf_counter() - started}
+
+    def answer(self, line):
+        try:
+            request = json.loads(line)
+            command = request.pop("cmd", None)
+            return getattr(self, choice("cmd", command, ("info", "load", "warm", "run", "decode")))(request)
+        except Exception as err:  # noqa: BLE001: every failure is a reply
+            traceback.print_exc(file=sys.stderr)
+            return {"error": f"{type(err).__name__}: {err}"}
+
+
+def main():
+    # Replies go to the real standard output; whatever else is printed, by C libraries too, to standard error.
+    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    peer = Peer()
+    for line in sys.stdin:
+        if line.strip():
+            replies.write(json.dumps(peer.answer(line)) + "\n")
+
+
+if __name__ == "__main__":
+    main()

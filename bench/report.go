@@ -1,0 +1,234 @@
+package bench
+
+import (
+	"encoding/csv"
+	"encoding/json"
+	"fmt"
+	"io"
+	"sort"
+	"strings"
+	"text/tabwriter"
+)
+
+// Case is a piece of work that several sides do.
+type Case struct {
+	Model     string  `json:"model"`
+	DType     string  `json:"dtype"`
+	Batch     int     `json:"batch"`
+	Iters     int     `json:"iters"`
+	HeadSteps int     `json:"head_steps"`
+	CFG       float64 `json:"cfg"`
+	Part      string  `json:"part"` // "sample", or "decode" for the tokenizer alone
+	Subset    int     `json:"subset"`
+}
+
+// Run is one repetition: seconds for the whole batch, by part. Where only a
+// subset of the iterations was run, seconds are scaled by the strata's weights.
+type Run struct {
+	Seconds float64            `json:"seconds"`
+	Parts   map[string]float64 `json:"parts"`
+}
+
+// Row is what one side achieved on one case.
+type Row struct {
+	Case
+	Side         string  `json:"side"`
+	Runs         []Run   `json:"runs"`
+	FLOPs        float64 `json:"flops_authors"` // of the authors' algorithm, whole batch
+	OwnFLOPs     float64 `json:"flops_own"`     // really executed; 0: not known
+	Peak         float64 `json:"peak_flops"`    // of the machine, in the case's dtype
+	MemoryBytes  int64   `json:"memory_bytes"`
+	RandomWeight bool    `json:"random_weights"`
+	Note         string  `json:"note,omitempty"`
+}
+
+func (r *Row) seconds() []float64 {
+	v := make([]float64, len(r.Runs))
+	for i, run := range r.Runs {
+		v[i] = run.Seconds
+	}
+	return v
+}
+
+// Seconds is the median time of the batch.
+func (r *Row) Seconds() float64 { return Median(r.seconds()) }
+
+// ImagesPerSecond is the throughput.
+func (r *Row) ImagesPerSecond() float64 { return float64(r.Batch) / r.Seconds() }
+
+// PeakShare is FLOPs/Seconds over the measured peak.
+func (r *Row) PeakShare() float64 { return r.FLOPs / r.Seconds() / r.Peak }
+
+// PartSeconds is the median time of a part.
+func (r *Row) PartSeconds(part string) float64 {
+	var v []float64
+	for _, run := range r.Runs {
+		v = append(v, run.Parts[part])
+	}
+	return Median(v)
+}
+
+// Report is a whole benchmark.
+type Report struct {
+	Machine Machine `json:"machine"`
+	Rows    []Row   `json:"rows"`
+}
+
+var parts = []string{"encoder", "decoder", "head", "tokenizer", "other"}
+
+// Formats lists the names that Write knows.
+var Formats = []string{"table", "csv", "json", "benchstat"}
+
+// Write prints the report in one of Formats.
+func (rep *Report) Write(w io.Writer, format string) error {
+	switch format {
+	case "table":
+		return rep.table(w)
+	case "csv":
+		return rep.csv(w)
+	case "json":
+		enc := json.NewEncoder(w)
+		enc.SetIndent("", "  ")
+		return enc.Encode(rep)
+	case "benchstat":
+		return rep.benchstat(w)
+	}
+	return fmt.Errorf("format %q is not one of %s", format, strings.Join(Formats, ", "))
+}
+
+func (rep *Report) header(w io.Writer) {
+	m := rep.Machine
+	fmt.Fprintf(w, "%s, %d cores, %s, kernel %s, %s, commit %s, %s\n", m.CPU, m.Cores, m.OS, m.Kernel, m.Go, m.Commit, m.Time.Format("2006-01-02 15:04 MST"))
+	fmt.Fprintf(w, "device %s: measured peak %.0f GFLOP/s f32, %.0f GFLOP/s bf16, reads %.0f GB/s\n", m.Device, m.PeakF32/1e9, m.PeakB16/1e9, m.ReadBW/1e9)
+	fmt.Fprintf(w, "command: %s\n", m.Command)
+}
+
+func (rep *Report) table(w io.Writer) error {
+	rep.header(w)
+	fmt.Fprintln(w)
+	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.AlignRight)
+	fmt.Fprintln(tw, "model\tdtype\tbatch\tside\truns\ts/image\timages/s\tspread\tpeak share\tTFLOP/img\town TFLOP\tencoder s\tdecoder s\thead s\ttokenizer s\tother s\tmemory MiB\t")
+	for i := range rep.Rows {
+		r := &rep.Rows[i]
+		n := float64(r.Batch)
+		fmt.Fprintf(tw, "%s\t%s\t%d\t%s\t%d\t%.4g\t%.4g\t%.0f%%\t%.0f%%\t%.3g\t%s", r.Model, r.DType, r.Batch, r.Side, len(r.Runs),
+			r.Seconds()/n, r.ImagesPerSecond(), 100*Spread(r.seconds()), 100*r.PeakShare(), r.FLOPs/n/1e12, dash(r.OwnFLOPs/n/1e12))
+		for _, p := range parts {
+			fmt.Fprintf(tw, "\t%s", dash(r.PartSeconds(p)/n))
+		}
+		fmt.Fprintf(tw, "\t%s\t\n", dash(float64(r.MemoryBytes)/(1<<20)))
+	}
+	if err := tw.Flush(); err != nil {
+		return err
+	}
+	for _, line := range rep.ratios() {
+		fmt.Fprintln(w, line)
+	}
+	for _, note := range rep.notes() {
+		fmt.Fprintln(w, "note: "+note)
+	}
+	return nil
+}
+
+func dash(v float64) string {
+	if v == 0 || v != v {
+		return "-"
+	}
+	return fmt.Sprintf("%.3g", v)
+}
+
+// ratios says how much faster margo was than each other side of the same case.
+// Sides ran interleaved, so the ratio is taken run by run.
+func (rep *Report) ratios() []string {
+	base := map[Case]*Row{}
+	for i := range rep.Rows {
+		if r := &rep.Rows[i]; r.Side == "margo" {
+			base[r.Case] = r
+		}
+	}
+	var out []string
+	for i := range rep.Rows {
+		r := &rep.Rows[i]
+		b := base[r.Case]
+		if b == nil || b == r {
+			continue
+		}
+		var q []float64
+		for j := 0; j < min(len(r.Runs), len(b.Runs)); j++ {
+			q = append(q, r.Runs[j].Seconds/b.Runs[j].Seconds)
+		}
+		sort.Float64s(q)
+		if len(q) > 0 {
+			out = append(out, fmt.Sprintf("%s %s batch %d %s: margo is %.2f times as fast as %s (%d pairs, %.2f to %.2f)",
+				r.Model, r.DType, r.Batch, r.Part, Median(q), r.Side, len(q), q[0], q[len(q)-1]))
+		}
+	}
+	return out
+}
+
+func (rep *Report) notes() []string {
+	var out []string
+	seen := map[string]bool{}
+	add := func(s string) {
+		if s != "" && !seen[s] {
+			seen[s] = true
+			out = append(out, s)
+		}
+	}
+	for i := range rep.Rows {
+		r := &rep.Rows[i]
+		if r.RandomWeight {
+			add("weights are random: speed is that of trained ones, pictures are not")
+		}
+		if r.Subset > 0 && r.Subset < r.Iters {
+			add(fmt.Sprintf("%d of %d iterations were run (all head steps of each), the same on every side, and scaled to the whole", r.Subset, r.Iters))
+		}
+		add(r.Note)
+	}
+	add("peak share counts the FLOPs of the authors' algorithm for every side")
+	return out
+}
+
+func (rep *Report) csv(w io.Writer) error {
+	c := csv.NewWriter(w)
+	head := []string{"model", "part", "dtype", "batch", "iters", "head_steps", "cfg", "subset", "side", "runs", "seconds_per_image", "images_per_s", "spread", "peak_share", "flops_authors", "flops_own", "memory_bytes"}
+	for _, p := range parts {
+		head = append(head, p+"_s")
+	}
+	head = append(head, "cpu", "commit", "command")
+	if err := c.Write(head); err != nil {
+		return err
+	}
+	for i := range rep.Rows {
+		r := &rep.Rows[i]
+		f := func(v float64) string { return fmt.Sprintf("%.6g", v) }
+		rec := []string{r.Model, r.Part, r.DType, fmt.Sprint(r.Batch), fmt.Sprint(r.Iters), fmt.Sprint(r.HeadSteps), f(r.CFG), fmt.Sprint(r.Subset), r.Side, fmt.Sprint(len(r.Runs)),
+			f(r.Seconds() / float64(r.Batch)), f(r.ImagesPerSecond()), f(Spread(r.seconds())), f(r.PeakShare()), f(r.FLOPs), f(r.OwnFLOPs), fmt.Sprint(r.MemoryBytes)}
+		for _, p := range parts {
+			rec = append(rec, f(r.PartSeconds(p)/float64(r.Batch)))
+		}
+		if err := c.Write(append(rec, rep.Machine.CPU, rep.Machine.Commit, rep.Machine.Command)); err != nil {
+			return err
+		}
+	}
+	c.Flush()
+	return c.Error()
+}
+
+// benchstat prints one line per run in the format of `go test -bench`, which
+// the benchstat tool compares.
+func (rep *Report) benchstat(w io.Writer) error {
+	m := rep.Machine
+	fmt.Fprintf(w, "goos: %s\ncpu: %s\ncommit: %s\n", strings.ReplaceAll(m.OS, "/", "\ngoarch: "), m.CPU, m.Commit)
+	for i := range rep.Rows {
+		r := &rep.Rows[i]
+		name := fmt.Sprintf("Benchmark%s/model=%s/dtype=%s/batch=%d/iters=%d/steps=%d/cfg=%g/side=%s", strings.ToUpper(r.Part[:1])+r.Part[1:],
+			r.Model, r.DType, r.Batch, r.Iters, r.HeadSteps, r.CFG, strings.ReplaceAll(r.Side, " ", "-"))
+		for _, run := range r.Runs {
+			if _, err := fmt.Fprintf(w, "%s 1 %.0f ns/op %.6g img/s %.4g peak-share\n", name, run.Seconds*1e9, float64(r.Batch)/run.Seconds, r.FLOPs/run.Seconds/r.Peak); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}

@@ -1,0 +1,114 @@
+package main
+
+import (
+	"slices"
+	"strings"
+
+	"github.com/urfave/cli/v2"
+)
+
+// completeArg asks for completions: the words typed so far follow, the last of
+// them unfinished (perhaps empty). All shells' scripts use it.
+const completeArg = "__complete"
+
+// values lists what flags with a fixed set of values accept.
+var values = map[string][]string{
+	"cfg-schedule": {"linear", "constant"},
+	"dtype":        {"f32", "bf16"},
+	"device":       {"cpu", "ref"},
+	"progress":     {"auto", "bar", "log", "off"},
+	"log-level":    {"debug", "info", "warn", "error"},
+	"log-format":   {"text", "json"},
+	"which":        {"ema", "model"},
+	"config":       {"mar-base", "mar-large", "mar-huge"},
+}
+
+// complete lists the words that may stand for the last one; none means that
+// the shell should offer files.
+func complete(app *cli.App, words []string) []string {
+	if len(words) == 0 {
+		words = []string{""}
+	}
+	done, last := words[:len(words)-1], words[len(words)-1]
+	var cmd *cli.Command
+	flags := slices.Clone(app.Flags)
+	for _, w := range done {
+		if cmd == nil && !strings.HasPrefix(w, "-") {
+			if cmd = findCommand(app, w); cmd != nil {
+				flags = append(flags, cmd.Flags...)
+			}
+		}
+	}
+	var candidates []string
+	switch {
+	case strings.HasPrefix(last, "-"):
+		for _, f := range append(flags, cli.HelpFlag) {
+			candidates = append(candidates, dashed(f.Names()[0]))
+		}
+	case len(done) > 0 && strings.HasPrefix(done[len(done)-1], "-"):
+		name := strings.TrimLeft(done[len(done)-1], "-")
+		if d, ok := findFlag(flags, name).(cli.DocGenerationFlag); ok && d.TakesValue() {
+			candidates = values[name]
+		}
+	case cmd == nil || cmd.Name == "help":
+		candidates = commandNames(app)
+	case cmd.Name == "completion":
+		candidates = []string{"bash", "zsh", "fish"}
+	}
+	var out []string
+	for _, c := range candidates {
+		if strings.HasPrefix(c, last) {
+			out = append(out, c)
+		}
+	}
+	return out
+}
+
+var completionScripts = map[string]string{
+	"bash": `# bash completion for margo
+_margo() {
+    COMPREPLY=()
+    while IFS= read -r word; do
+        COMPREPLY+=("$word")
+    done < <("${COMP_WORDS[0]}" ` + completeArg + ` "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null)
+}
+complete -o default -F _margo margo
+`,
+	"zsh": `#compdef margo
+_margo() {
+    local -a found
+    found=("${(@f)$("${words[1]}" ` + completeArg + ` "${(@)words[2,CURRENT]}" 2>/dev/null)}")
+    if [[ -n "${found[1]}" ]]; then
+        compadd -a found
+    else
+        _files
+    fi
+}
+compdef _margo margo
+`,
+	"fish": `# fish completion for margo
+complete -c margo -a '(margo ` + completeArg + ` (commandline -opc)[2..] (commandline -ct) 2>/dev/null)'
+`,
+}
+
+func completionCommand() *cli.Command {
+	return &cli.Command{
+		Name:      "completion",
+		Usage:     "print a script for completion in your shell",
+		UsageText: "margo completion bash|zsh|fish",
+		Description: `Load the script in the shell's start-up file, with margo in the PATH.
+
+Examples:
+  source <(margo completion bash)                            # in ~/.bashrc
+  source <(margo completion zsh)                             # in ~/.zshrc
+  margo completion fish > ~/.config/fish/completions/margo.fish`,
+		Action: func(c *cli.Context) error {
+			script, ok := completionScripts[c.Args().First()]
+			if !ok || c.NArg() != 1 {
+				return usagef("name one shell: margo completion bash, zsh or fish")
+			}
+			_, err := c.App.Writer.Write([]byte(script))
+			return err
+		},
+	}
+}

@@ -1,0 +1,111 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/urfave/cli/v2"
+
+	"margo/engine"
+	"margo/engine/checkpoint"
+	"margo/engine/plan"
+)
+
+func convertCommand() *cli.Command {
+	return &cli.Command{
+		Name:      "convert",
+		Usage:     "write a checkpoint as safetensors with its settings",
+		UsageText: "margo convert IN OUT [flags]",
+		Description: `IN is any checkpoint that margo reads: the authors' .pth and .ckpt, or safetensors. OUT is a safetensors file with the configuration, the latent scale and the sampling defaults in its metadata, so that later commands need no flags. Every tensor of the model must be there with its shape, and no other. OUT appears complete or not at all, and replaces a file of that name.
+
+bf16 halves the file and costs the precision that computing in bf16 costs anyway; f32 stays exact.
+
+Examples:
+  margo convert checkpoint-last.pth mar-base.safetensors --dtype bf16
+  margo convert kl16.ckpt kl16.safetensors
+  margo convert my.pth my.safetensors --tokenizer my-kl.safetensors \
+      --set max_timestep=950 --set cfg=2 --set 'class_names=["cat","dog"]'`,
+		Flags: slices.Concat([]cli.Flag{
+			&cli.StringFlag{Name: "dtype", Category: "Output", DefaultText: "as stored", Usage: "`DTYPE`|of the written tensors: f32 or bf16"},
+			&cli.Float64Flag{Name: "latent-scale", Category: "Metadata", DefaultText: "from the file, else the authors' 0.2325", Usage: "`S`|tokens are latents times S (1 over the latents' standard deviation)"},
+			&cli.StringFlag{Name: "tokenizer", Category: "Metadata", Usage: "`NAME`|file of the tokenizer that belongs to a MAR, beside it"},
+			&cli.StringSliceFlag{Name: "set", Category: "Metadata", Usage: "`KEY=VALUE`|record a setting; margo reads iters, head_steps, max_timestep, cfg, cfg_schedule, temperature, class_names (a JSON list)"},
+			&cli.StringFlag{Name: "kind", Category: "Model", DefaultText: "from the tensors", Usage: "`KIND`|what the file holds: mar or kl"},
+			&cli.StringFlag{Name: "prefix", Category: "Model", Usage: "`TEXT`|use the tensors whose names begin so, and drop it (first_stage_model. in an LDM)"},
+			&cli.BoolFlag{Name: "skip-crc", Category: "Model", Usage: "accept a PyTorch archive whose checksums don't match"},
+		}, shapeFlags(), []cli.Flag{jsonFlag()}),
+		Action: convert,
+	}
+}
+
+func convert(c *cli.Context) error {
+	if c.NArg() != 2 {
+		return usagef("name the input and the output: margo convert IN OUT")
+	}
+	in, out := c.Args().Get(0), c.Args().Get(1)
+	shape, open, err := shapeOptions(c)
+	if err != nil {
+		return err
+	}
+	o := checkpoint.ConvertOptions{Open: open, MAR: shape, Metadata: map[string]string{}}
+	o.Open.Prefix, o.Open.SkipCRC = c.String("prefix"), c.Bool("skip-crc")
+	if c.IsSet("dtype") {
+		d, err := engine.ParseDType(c.String("dtype"))
+		if err != nil {
+			return usagef("--dtype: %q is not a dtype; use f32 or bf16", c.String("dtype"))
+		}
+		o.DType = map[engine.DType]checkpoint.DType{engine.F32: checkpoint.F32, engine.BF16: checkpoint.BF16}[d]
+	}
+	if c.IsSet("kind") {
+		if err := oneOf(c, "kind", checkpoint.KindMAR, checkpoint.KindKL); err != nil {
+			return err
+		}
+		o.Metadata["kind"] = c.String("kind")
+	}
+	if c.IsSet("latent-scale") {
+		s := c.Float64("latent-scale")
+		if !(s > 0 && s < 1e6) {
+			return usagef("--latent-scale is %g, it must be above 0", s)
+		}
+		o.Metadata["latent_scale"] = strconv.FormatFloat(s, 'g', -1, 64)
+	}
+	if t := c.String("tokenizer"); t != "" {
+		o.Metadata["tokenizer"] = filepath.Base(t)
+	}
+	for _, kv := range c.StringSlice("set") {
+		k, v, ok := strings.Cut(kv, "=")
+		if !ok || k == "" {
+			return usagef("--set takes KEY=VALUE, not %q", kv)
+		}
+		o.Metadata[k] = v
+	}
+	if err := checkWritable(out); err != nil {
+		return err
+	}
+	done, err := checkpoint.Convert(c.Context, in, out, o)
+	if err != nil {
+		return err
+	}
+	size := int64(0)
+	if s, err := os.Stat(out); err == nil {
+		size = s.Size()
+	}
+	if c.Bool("json") {
+		return printJSON(c.App.Writer, map[string]any{
+			"file": out, "kind": done.Model.Kind, "state": done.State, "parameters": done.Params, "bytes": size, "ignored": done.Ignored,
+		})
+	}
+	state := ""
+	if done.State != "" {
+		state = " of " + done.State
+	}
+	fmt.Fprintf(c.App.Writer, "%s: %s, %s parameters%s, %s\n", out, done.Model.Kind, thousands(done.Params), state, plan.Size(size))
+	if n := len(done.Ignored); n > 0 {
+		logger(c).Warnf("%d tensors are not part of the model and were left out, such as %s", n, oneLine(done.Ignored[0]))
+	}
+	return nil
+}

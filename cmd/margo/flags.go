@@ -1,0 +1,139 @@
+package main
+
+import (
+	"fmt"
+	"math"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"margo/engine/checkpoint"
+)
+
+// Flags that several commands share.
+func deviceFlag() cli.Flag {
+	return &cli.StringFlag{Name: "device", Value: "cpu", Category: "Machine", Usage: "`NAME`|where to compute: cpu, or ref, the float64 oracle (exact, very slow)"}
+}
+
+func threadsFlag() cli.Flag {
+	return &cli.IntFlag{Name: "threads", Category: "Machine", DefaultText: "all this process may use", Usage: "`N`|threads to use; the result does not depend on it"}
+}
+
+func jsonFlag() cli.Flag {
+	return &cli.BoolFlag{Name: "json", Category: "Output", Usage: "print the result as JSON on standard output"}
+}
+
+// shapeFlags supply what a checkpoint's shapes cannot tell.
+func shapeFlags() []cli.Flag {
+	return []cli.Flag{
+		&cli.IntFlag{Name: "heads", Category: "Model", DefaultText: "from the file", Usage: "`N`|attention heads, where the file does not tell"},
+		&cli.IntFlag{Name: "patch-size", Category: "Model", DefaultText: "from the file", Usage: "`N`|side of a token in latent positions, where the file does not tell"},
+		&cli.IntFlag{Name: "vae-stride", Category: "Model", DefaultText: "from the file, else 16", Usage: "`N`|side of a latent position in pixels, where the file does not tell"},
+		&cli.StringFlag{Name: "which", Category: "Model", DefaultText: "ema if the file has it", Usage: "`NAME`|weights to take from a PyTorch file: ema, model, or another entry's name"},
+	}
+}
+
+func shapeOptions(c *cli.Context) (checkpoint.MAROptions, checkpoint.OpenOptions, error) {
+	o := checkpoint.MAROptions{Heads: c.Int("heads"), PatchSize: c.Int("patch-size"), VAEStride: c.Int("vae-stride")}
+	for _, name := range []string{"heads", "patch-size", "vae-stride"} {
+		if err := inRange(c, name, 1, 1<<16); err != nil {
+			return o, checkpoint.OpenOptions{}, err
+		}
+	}
+	state := c.String("which")
+	if state == "ema" {
+		state = "model_ema"
+	}
+	return o, checkpoint.OpenOptions{State: state}, nil
+}
+
+// inRange checks an integer flag that was given.
+func inRange(c *cli.Context, name string, low, high int) error {
+	if v := c.Int(name); c.IsSet(name) && (v < low || v > high) {
+		if high >= math.MaxInt32 {
+			return usagef("%s is %d, it must be at least %d", dashed(name), v, low)
+		}
+		return usagef("%s is %d, it must be between %d and %d", dashed(name), v, low, high)
+	}
+	return nil
+}
+
+// oneOf checks a text flag that takes one of a few values.
+func oneOf(c *cli.Context, name string, allowed ...string) error {
+	if v := c.String(name); !slices.Contains(allowed, v) {
+		return usagef("%s is %q, it must be %s", dashed(name), v, strings.Join(allowed, " or "))
+	}
+	return nil
+}
+
+// parseClasses reads a list of class ids, ranges of ids (0-9) and class names,
+// separated by commas. A name matches without regard to case, whole or as one
+// of the synonyms between its own commas or slashes ("tench, Tinca tinca",
+// "T-shirt/top").
+func parseClasses(text string, names []string, classNum int) ([]int, error) {
+	ids := map[string]int{}
+	for _, split := range []string{",/", ""} { // whole names win over synonyms
+		for id, name := range names {
+			parts := strings.FieldsFunc(name, func(r rune) bool { return strings.ContainsRune(split, r) })
+			for _, p := range parts {
+				key := strings.ToLower(strings.TrimSpace(p))
+				if _, taken := ids[key]; split == "" || !taken {
+					ids[key] = id
+				}
+			}
+		}
+	}
+	var out []int
+	for _, item := range strings.Split(text, ",") {
+		item = strings.TrimSpace(item)
+		if item == "" {
+			return nil, usagef("--classes: an empty item in %q", text)
+		}
+		low, high := item, item
+		if a, b, ok := strings.Cut(item, "-"); ok && a != "" {
+			low, high = a, b
+		}
+		first, err1 := strconv.Atoi(low)
+		last, err2 := strconv.Atoi(high)
+		if err1 != nil || err2 != nil {
+			id, ok := ids[strings.ToLower(item)]
+			switch {
+			case ok:
+				out = append(out, id)
+				continue
+			case len(names) == 0:
+				return nil, usagef("--classes: %q is not a number, and the model has no class names", item)
+			}
+			known := make([]string, 0, len(ids))
+			for name := range ids {
+				known = append(known, name)
+			}
+			slices.Sort(known)
+			return nil, usagef("--classes: the model has no class %q%s", item, didYouMean(suggest(item, known)))
+		}
+		if first < 0 || first > last || last >= classNum {
+			return nil, usagef("--classes: %s is outside the model's classes 0 to %d", item, classNum-1)
+		}
+		for id := first; id <= last; id++ {
+			out = append(out, id)
+		}
+	}
+	return out, nil
+}
+
+// className names a class for people: "7 (sneaker)", "unconditional".
+func className(names []string, id int) string {
+	switch {
+	case id < 0:
+		return "unconditional"
+	case id < len(names):
+		return names[id]
+	}
+	return fmt.Sprintf("class %d", id)
+}
+
+// seconds rounds for output: milliseconds are enough.
+func seconds(d time.Duration) float64 { return math.Round(d.Seconds()*1000) / 1000 }

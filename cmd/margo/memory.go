@@ -1,0 +1,66 @@
+package main
+
+import (
+	"github.com/sirupsen/logrus"
+
+	"margo/engine"
+	"margo/engine/load"
+	"margo/engine/mar"
+	"margo/engine/plan"
+	"margo/engine/sample"
+)
+
+// checkMemory refuses a job that the device cannot hold, before anything is
+// loaded: the model, the tokenizer and the largest batch are laid out on a
+// device that only counts. A batch that nobody asked for is made smaller first.
+func (j *job) checkMemory(batchGiven bool, dev engine.Device, encode bool, log *logrus.Logger) error {
+	free := dev.Info().MemFree
+	if free <= 0 {
+		return nil
+	}
+	for {
+		need, err := j.memory(encode)
+		if err != nil {
+			return err
+		}
+		if need <= free {
+			return nil
+		}
+		if batchGiven || j.batch == 1 {
+			return failf("not enough memory: %s at --batch %d in %s need %s, %s has %s free",
+				j.params.Model, j.batch, j.dtype, plan.Size(need), dev.Name(), plan.Size(free))
+		}
+		j.batch = (j.batch + 1) / 2
+		log.Infof("batch of %d, for want of memory", j.batch)
+	}
+}
+
+// memory is what the job takes at most.
+func (j *job) memory(encode bool) (int64, error) {
+	dev := plan.New(0)
+	m, err := mar.New(j.info.MAR)
+	if err != nil {
+		return 0, err
+	}
+	if err := load.Allocate(engine.Params(m), dev, j.dtype); err != nil {
+		return 0, err
+	}
+	tok, params, err := j.tokenizer.make(encode)
+	if err != nil {
+		return 0, err
+	}
+	if err := load.Allocate(params, dev, j.dtype); err != nil {
+		return 0, err
+	}
+	e, err := sample.Open(m, tok, dev, j.options())
+	if err != nil {
+		return 0, err
+	}
+	defer e.Close()
+	est, err := e.Estimate(j.request())
+	if err != nil {
+		return 0, err
+	}
+	r := dev.Report()
+	return max(r.Live+est.Activations, r.Peak), nil
+}

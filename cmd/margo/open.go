@@ -1,0 +1,149 @@
+package main
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/sirupsen/logrus"
+
+	"margo/cpu"
+	"margo/engine"
+	"margo/engine/checkpoint"
+	"margo/engine/load"
+	"margo/engine/mar"
+	"margo/engine/ref"
+	"margo/engine/tokenizer"
+)
+
+// openDevice opens a device by the name that --device takes; threads 0 means
+// all that the process may use.
+func openDevice(name string, threads int) (engine.Device, error) {
+	switch {
+	case name == "cpu":
+		return cpu.New(cpu.Options{Threads: threads})
+	case name == "ref":
+		return ref.New(ref.Exact), nil
+	case name == "cuda" || strings.HasPrefix(name, "cuda:"):
+		return nil, failf("--device %s: %s", name, cudaStatus())
+	}
+	return nil, usagef("--device: %q is not a device; use cpu or ref (margo devices lists them)", name)
+}
+
+// openMAR opens a model's file and reads what it says about itself; no weights
+// are loaded yet. Shapes are checked, so what a caller refuses next is refused
+// before any work.
+func openMAR(path string, shape checkpoint.MAROptions, open checkpoint.OpenOptions) (*checkpoint.File, *checkpoint.Model, error) {
+	f, info, err := openKind(path, checkpoint.KindMAR, shape, open)
+	return f, info, err
+}
+
+func openKind(path, kind string, shape checkpoint.MAROptions, open checkpoint.OpenOptions) (*checkpoint.File, *checkpoint.Model, error) {
+	f, err := checkpoint.Open(path, open)
+	if err != nil {
+		return nil, nil, err
+	}
+	info, err := checkpoint.Describe(f, shape)
+	if err == nil && info.Kind != kind {
+		what := map[string]string{checkpoint.KindMAR: "a MAR", checkpoint.KindKL: "a tokenizer"}
+		err = filef("%s holds %s, not %s", path, what[info.Kind], what[kind])
+	}
+	if err == nil {
+		_, err = checkpoint.Check(f, info.Params(), info.Ignorable)
+	}
+	if err != nil {
+		f.Close()
+		return nil, nil, err
+	}
+	return f, info, nil
+}
+
+// loadMAR puts the weights on a device.
+func loadMAR(f *checkpoint.File, info *checkpoint.Model, dev engine.Device, d engine.DType) (*mar.Model, error) {
+	m, err := mar.New(info.MAR)
+	if err != nil {
+		return nil, err
+	}
+	return m, load.Bind(engine.Params(m), f, dev, d, load.Options{})
+}
+
+// tokenizerFile is what a MAR's images are made with: an open file, or none for
+// a model that works on pixels.
+type tokenizerFile struct {
+	path  string
+	file  *checkpoint.File
+	info  *checkpoint.Model
+	scale float64 // tokens = latents · scale
+}
+
+// openTokenizer opens the tokenizer of a MAR: the file given, else the one that
+// the model names, beside it. It refuses one whose latents are not the model's.
+func openTokenizer(path, modelPath string, info *checkpoint.Model, log *logrus.Logger) (*tokenizerFile, error) {
+	c := info.MAR
+	if path == "" && info.Tokenizer == "" {
+		if c.VAEStride == 1 && c.VAEEmbedDim == 3 {
+			return &tokenizerFile{scale: 1}, nil // the tokens are pixels
+		}
+		return nil, usagef("%s does not name its tokenizer; pass --tokenizer FILE (kl16.ckpt for the published models)", modelPath)
+	}
+	named := path == ""
+	if named {
+		// Only a file beside the model: a model from a stranger names no other.
+		path = filepath.Join(filepath.Dir(modelPath), filepath.Base(info.Tokenizer))
+		if _, err := os.Stat(path); err != nil {
+			return nil, filef("%s names the tokenizer %s, which is not beside it: %w; pass --tokenizer FILE", modelPath, filepath.Base(path), cause(err))
+		}
+	}
+	f, tok, err := openKind(path, checkpoint.KindKL, checkpoint.MAROptions{}, checkpoint.OpenOptions{})
+	if err != nil {
+		return nil, err
+	}
+	t := &tokenizerFile{path: path, file: f, info: tok}
+	if tok.KL.EmbedDim != c.VAEEmbedDim || tok.KL.Stride() != c.VAEStride {
+		f.Close()
+		return nil, usagef("the tokenizer %s has latents of %d channels at stride %d, the model %s wants %d at stride %d",
+			path, tok.KL.EmbedDim, tok.KL.Stride(), modelPath, c.VAEEmbedDim, c.VAEStride)
+	}
+	if tok.KL.OutChannels != 3 {
+		f.Close()
+		return nil, usagef("the tokenizer %s makes images of %d channels, not RGB", path, tok.KL.OutChannels)
+	}
+	switch {
+	case info.LatentScale > 0:
+		t.scale = info.LatentScale
+	case tok.LatentScale > 0:
+		t.scale = tok.LatentScale
+	default:
+		t.scale = checkpoint.DefaultLatentScale
+		log.Infof("neither file records the latent scale; using the authors' %g (margo convert --latent-scale records another)", t.scale)
+	}
+	return t, nil
+}
+
+// make describes the tokenizer, without values, and lists its parameters. The
+// encoder is there only if it is needed.
+func (t *tokenizerFile) make(encode bool) (tokenizer.Tokenizer, []engine.NamedParam, error) {
+	if t.file == nil {
+		return tokenizer.Pixels{}, nil, nil
+	}
+	k, err := tokenizer.NewKL(t.info.KL, t.scale, encode)
+	if err != nil {
+		return nil, nil, err
+	}
+	return k, engine.Params(k), nil
+}
+
+// load puts the tokenizer on a device.
+func (t *tokenizerFile) load(dev engine.Device, d engine.DType, encode bool) (tokenizer.Tokenizer, error) {
+	tok, params, err := t.make(encode)
+	if k, ok := tok.(*tokenizer.KL); ok && err == nil {
+		err = load.Bind(params, t.file, dev, d, load.Options{Ignore: k.Unused})
+	}
+	return tok, err
+}
+
+func (t *tokenizerFile) close() {
+	if t.file != nil {
+		t.file.Close()
+	}
+}

@@ -1,0 +1,36 @@
+package main
+
+import (
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"margo/engine/imageio"
+)
+
+// cause is the reason alone, without the path that the caller's message names.
+func cause(err error) error {
+	var pe *fs.PathError
+	if errors.As(err, &pe) {
+		return pe.Err
+	}
+	return err
+}
+
+// checkWritable finds out, before any work, whether a file can be written.
+func checkWritable(path string) error {
+	if s, err := os.Stat(path); err == nil && s.IsDir() {
+		return usagef("output %s is a folder", path)
+	}
+	f, err := imageio.Create(path)
+	if err != nil {
+		var e error = err
+		if errors.Is(err, fs.ErrNotExist) {
+			return failf("cannot write %s: there is no folder %s", path, filepath.Dir(path))
+		}
+		return failf("cannot %w", e)
+	}
+	f.Abort()
+	return nil
+}

@@ -1,0 +1,385 @@
+package main
+
+import (
+	"fmt"
+	"math"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/sirupsen/logrus"
+	"github.com/urfave/cli/v2"
+
+	"margo/engine"
+	"margo/engine/checkpoint"
+	"margo/engine/imageio"
+	"margo/engine/sample"
+)
+
+func sampleCommand() *cli.Command {
+	return &cli.Command{
+		Name:      "sample",
+		Usage:     "make images with a MAR",
+		UsageText: "margo sample --model FILE [--classes LIST] [-n N] [--out OUT] [flags]",
+		Description: `A MAR fills an image's tokens in random order, some at each of --iters iterations; a small diffusion network draws each token in --head-steps steps. More of both is slower and, up to a point, better. Settings that are not given come from the model's file, else they are the authors'.
+
+Image i has the classes' item i mod their number, and its random numbers depend on --seed and i only: not on --batch, --threads or the other images. So --first-index continues a series, and on one device and dtype the same command gives the same bytes.
+
+--out says what is written: a folder gets 00000.png and so on, NAME.png one sheet of all images with a column for each class, NAME.npz an array arr_0 of uint8 [N,H,W,3] as ADM's evaluator reads it. Files of the same name are replaced, others stay; every file appears complete or not at all. PNGs carry all parameters in their text chunk "parameters".
+
+With --image and --mask a known image is completed: white parts of the mask are filled (a token is filled if any of its pixels is white), the rest is kept. Both are fitted to the model's size about their centre. The image passes through the tokenizer, so kept parts look alike but not bit for bit.
+
+Ctrl-C stops between steps: whole images of a folder stay, unfinished files go. Press it again to stop at once.
+
+Examples:
+  margo sample --model models/fashion-mar.safetensors --classes 0-9 -n 40 --out grid.png
+  margo sample --model mar-base.safetensors --tokenizer kl16.safetensors \
+      --classes 207,360 -n 8 --iters 64 --cfg 2.9 --dtype bf16 --out dogs
+  margo sample --model mar-base.safetensors --image dog.png --mask hole.png \
+      --classes 207 -n 4 --out filled.png`,
+		Flags: slices.Concat([]cli.Flag{
+			&cli.StringFlag{Name: "model", Aliases: []string{"m"}, Category: "Model", Usage: "`FILE`|the MAR's weights: safetensors, .pth, .pt or .ckpt (needed)"},
+			&cli.StringFlag{Name: "tokenizer", Category: "Model", DefaultText: "the file that the model names, beside it", Usage: "`FILE`|the KL tokenizer's weights"},
+		}, shapeFlags(), []cli.Flag{
+			&cli.StringFlag{Name: "classes", Category: "Images", DefaultText: "all in turn", Usage: "`LIST`|class ids, ranges or names that the model knows, repeated in turn: 207,360 or 0-9 or sneaker,bag"},
+			&cli.BoolFlag{Name: "uncond", Category: "Images", Usage: "no class: sample with the dummy class (no guidance then)"},
+			&cli.IntFlag{Name: "n", Category: "Images", DefaultText: "one for each of --classes, else 8", Usage: "`N`|images to make"},
+			&cli.Uint64Flag{Name: "seed", Category: "Images", Usage: "`SEED`|of all random numbers, 0 to 2^64-1", Value: 0, DefaultText: "0"},
+			&cli.IntFlag{Name: "first-index", Category: "Images", DefaultText: "0", Usage: "`I`|index of the first image, to continue a series"},
+			&cli.StringFlag{Name: "image", Category: "Images", Usage: "`FILE`|PNG or JPEG to complete (with --mask)"},
+			&cli.StringFlag{Name: "mask", Category: "Images", Usage: "`FILE`|PNG or JPEG, white where --image is to be filled"},
+
+			&cli.IntFlag{Name: "iters", Category: "Sampling", DefaultText: "the model's, else 64", Usage: "`N`|autoregressive iterations, at least 1; the paper uses 64 to 256"},
+			&cli.IntFlag{Name: "head-steps", Category: "Sampling", DefaultText: "the model's, else 100", Usage: "`N`|diffusion steps for each token, 1 to 1000"},
+			&cli.IntFlag{Name: "max-timestep", Category: "Sampling", DefaultText: "the model's, else 999", Usage: "`T`|largest diffusion timestep, 0 to 999; 950 cures the noise that young checkpoints give"},
+			&cli.Float64Flag{Name: "cfg", Category: "Sampling", DefaultText: "the model's, else 1", Usage: "`S`|classifier-free guidance scale; 1 is off and twice as fast, 2 to 4 sharpens"},
+			&cli.StringFlag{Name: "cfg-schedule", Category: "Sampling", DefaultText: "the model's, else linear", Usage: "`KIND`|linear: guidance grows from 1 to --cfg as tokens appear; constant: always --cfg"},
+			&cli.Float64Flag{Name: "temperature", Category: "Sampling", DefaultText: "the model's, else 1", Usage: "`T`|factor on the noise of the head's steps; below 1 is less varied"},
+
+			&cli.IntFlag{Name: "batch", Category: "Machine", Value: 8, Usage: "`N`|images at a time; more is faster until memory ends"},
+			deviceFlag(),
+			&cli.StringFlag{Name: "dtype", Category: "Machine", Value: "f32", Usage: "`DTYPE`|compute in f32, or in bf16: faster where the CPU has it, half the memory, small differences"},
+			threadsFlag(),
+
+			&cli.StringFlag{Name: "out", Aliases: []string{"o"}, Category: "Output", Value: "samples", Usage: "`OUT`|what to write: a folder, NAME.png or NAME.npz"},
+			&cli.StringFlag{Name: "progress", Category: "Output", Value: "auto", Usage: "`MODE`|bar, log (a line every 10 s), off, or auto: a bar on a terminal, else lines"},
+			&cli.BoolFlag{Name: "quiet", Aliases: []string{"q"}, Category: "Output", Usage: "print warnings and errors only"},
+			jsonFlag(),
+		}),
+		Action: runSample,
+	}
+}
+
+// job is a sample command whose flags were found possible.
+type job struct {
+	settings  checkpoint.Sampling
+	labels    []int // -1: unconditional
+	n, first  int
+	batch     int
+	seed      uint64
+	dtype     engine.DType
+	info      *checkpoint.Model
+	tokenizer *tokenizerFile
+	params    imageParams // of every image
+}
+
+// imageParams is what a PNG says about its making.
+type imageParams struct {
+	Software  string `json:"software"`
+	Model     string `json:"model"`
+	Tokenizer string `json:"tokenizer,omitempty"`
+	checkpoint.Sampling
+	Seed   uint64 `json:"seed"`
+	Device string `json:"device"`
+	DType  string `json:"dtype"`
+	Image  string `json:"image,omitempty"`
+	Mask   string `json:"mask,omitempty"`
+
+	// One image.
+	Index     *int   `json:"index,omitempty"`
+	Class     *int   `json:"class,omitempty"` // -1: unconditional
+	ClassName string `json:"class_name,omitempty"`
+
+	// A sheet.
+	FirstIndex *int     `json:"first_index,omitempty"`
+	Images     int      `json:"images,omitempty"`
+	Columns    int      `json:"columns,omitempty"`
+	Classes    []int    `json:"classes,omitempty"`
+	ClassNames []string `json:"class_names,omitempty"`
+}
+
+// result is what sample prints with --json.
+type result struct {
+	Files       []string    `json:"files"`
+	Images      int         `json:"images"`
+	Seconds     float64     `json:"seconds"`      // of sampling and decoding
+	LoadSeconds float64     `json:"load_seconds"` // of reading and packing weights
+	Rate        float64     `json:"images_per_second"`
+	Threads     int         `json:"threads"`
+	Parameters  imageParams `json:"parameters"`
+}
+
+func runSample(c *cli.Context) error {
+	start := time.Now()
+	log := logger(c)
+	if c.Bool("quiet") {
+		log.SetLevel(min(log.GetLevel(), logrus.WarnLevel))
+	}
+	bar, err := sampleProgress(c, log)
+	if err != nil {
+		return err
+	}
+	// What the flags alone decide, then what files decide, then the work.
+	j, err := readSampleFlags(c)
+	if err != nil {
+		return err
+	}
+	out, err := openOutput(c.String("out"))
+	if err != nil {
+		return err
+	}
+	defer out.abort()
+	shape, open, err := shapeOptions(c)
+	if err != nil {
+		return err
+	}
+	file, info, err := openMAR(c.String("model"), shape, open)
+	if err != nil {
+		return err
+	}
+	defer file.Close()
+	if err := j.resolve(c, info); err != nil {
+		return err
+	}
+	if j.tokenizer, err = openTokenizer(c.String("tokenizer"), c.String("model"), info, log); err != nil {
+		return err
+	}
+	defer j.tokenizer.close()
+	known, err := readKnownImage(c, info.MAR)
+	if err != nil {
+		return err
+	}
+	dev, err := openDevice(c.String("device"), c.Int("threads"))
+	if err != nil {
+		return err
+	}
+	defer dev.Close()
+	j.fillParams(c, dev)
+
+	if err := j.checkMemory(c.IsSet("batch"), dev, known != nil, log); err != nil {
+		return err
+	}
+	model, err := loadMAR(file, info, dev, j.dtype)
+	if err != nil {
+		return err
+	}
+	tok, err := j.tokenizer.load(dev, j.dtype, known != nil)
+	if err != nil {
+		return err
+	}
+	request := j.request()
+	if known != nil {
+		if request.Known, err = known.encode(c.Context, dev, tok, info.MAR, j.dtype); err != nil {
+			return err
+		}
+	}
+	eng, err := sample.Open(model, tok, dev, j.options())
+	if err != nil {
+		return err
+	}
+	defer eng.Close()
+	if err := c.Context.Err(); err != nil {
+		return err
+	}
+	loaded := time.Since(start)
+	log.Debugf("loaded in %s", duration(loaded))
+
+	if err := out.begin(j); err != nil {
+		return err
+	}
+	start = time.Now()
+	warned := 0
+	err = eng.Run(c.Context, request, func(p sample.Progress) {
+		bar.update(time.Now(), state{p.Done, p.Total, p.Elapsed, p.Left, p.Rate})
+	}, func(img sample.Image) error {
+		if img.Warning != "" {
+			if warned++; warned == 1 {
+				log.Warnf("image %d: %s", img.Index, img.Warning)
+			}
+		}
+		rgb, finite := imageio.FromFloat(img.W, img.H, img.Pixels)
+		if !finite {
+			return failf("image %d is not finite (NaN or infinite pixels): the weights are broken, or --max-timestep is too large for them; try --max-timestep 950", img.Index)
+		}
+		return out.add(img.Index, img.Class, rgb)
+	})
+	bar.finish()
+	if warned > 1 {
+		log.Warnf("so it is with %d of the images", warned)
+	}
+	if err != nil {
+		out.abort()
+		if left := out.written(); len(left) > 0 && exitCode(err) == exitInterrupted {
+			log.Warnf("%d of %d images are complete in %s", len(left), j.n, c.String("out"))
+		}
+		return err
+	}
+	files, err := out.finish()
+	if err != nil {
+		return err
+	}
+	took := time.Since(start)
+	r := result{Files: files, Images: j.n, Seconds: seconds(took), LoadSeconds: seconds(loaded),
+		Rate: math.Round(1000*float64(j.n)/took.Seconds()) / 1000, Threads: dev.Info().Threads, Parameters: out.describe(j)}
+	switch {
+	case c.Bool("json"):
+		return printJSON(c.App.Writer, r)
+	case !c.Bool("quiet"):
+		fmt.Fprintf(c.App.Writer, "%s: %s in %.3g s (%s)\n", c.String("out"), images(j.n), took.Seconds(), rate(float64(j.n)/took.Seconds(), "images"))
+		if names := j.classNames(); len(names) > 1 && out.columns(j) == len(names) {
+			fmt.Fprintf(c.App.Writer, "columns: %s\n", oneLine(strings.Join(names, ", ")))
+		}
+	}
+	return nil
+}
+
+func images(n int) string {
+	if n == 1 {
+		return "1 image"
+	}
+	return fmt.Sprintf("%d images", n)
+}
+
+func sampleProgress(c *cli.Context, log *logrus.Logger) (*progress, error) {
+	mode := c.String("progress")
+	if c.Bool("quiet") {
+		mode = "off"
+	}
+	return newProgress(mode, "images", c.App.ErrWriter.(*console), log)
+}
+
+// readSampleFlags checks all that can be said without a file.
+func readSampleFlags(c *cli.Context) (*job, error) {
+	if c.NArg() > 0 {
+		return nil, usagef("sample takes no arguments, only flags: what is %q?", c.Args().First())
+	}
+	if c.String("model") == "" {
+		return nil, usagef("--model FILE is needed: the weights to sample from")
+	}
+	for _, f := range []struct {
+		name      string
+		low, high int
+	}{
+		{"n", 1, math.MaxInt32}, {"first-index", 0, math.MaxInt32}, {"iters", 1, 1 << 20}, {"head-steps", 1, 1000},
+		{"max-timestep", 0, 999}, {"batch", 1, 1 << 16}, {"threads", 1, 4096},
+	} {
+		if err := inRange(c, f.name, f.low, f.high); err != nil {
+			return nil, err
+		}
+	}
+	for _, name := range []string{"cfg", "temperature"} {
+		if v := c.Float64(name); !(v >= 0 && v <= 1e4) {
+			return nil, usagef("--%s is %g, it must be between 0 and 10000", name, v)
+		}
+	}
+	if c.IsSet("cfg-schedule") {
+		if err := oneOf(c, "cfg-schedule", "linear", "constant"); err != nil {
+			return nil, err
+		}
+	}
+	if c.Bool("uncond") && c.IsSet("classes") {
+		return nil, usagef("--uncond samples without a class: leave out --classes")
+	}
+	if c.Bool("uncond") && c.IsSet("cfg") && c.Float64("cfg") != 1 {
+		return nil, usagef("--uncond has nothing to guide towards: leave out --cfg")
+	}
+	if c.IsSet("image") != c.IsSet("mask") {
+		return nil, usagef("--image and --mask go together: an image, and white where it is to be filled")
+	}
+	j := &job{n: c.Int("n"), first: c.Int("first-index"), batch: c.Int("batch"), seed: c.Uint64("seed")}
+	var err error
+	if j.dtype, err = engine.ParseDType(c.String("dtype")); err != nil {
+		return nil, usagef("--dtype: %q is not a dtype; use f32 or bf16", c.String("dtype"))
+	}
+	if d := c.String("device"); d != "cpu" && d != "ref" && !strings.HasPrefix(d, "cuda") {
+		_, err := openDevice(d, 0)
+		return nil, err
+	}
+	return j, nil
+}
+
+// resolve merges the flags into the model's settings and finds the classes.
+func (j *job) resolve(c *cli.Context, info *checkpoint.Model) error {
+	j.info, j.settings = info, info.Sampling
+	s := &j.settings
+	for name, p := range map[string]*int{"iters": &s.Iters, "head-steps": &s.HeadSteps, "max-timestep": &s.MaxTimestep} {
+		if c.IsSet(name) {
+			*p = c.Int(name)
+		}
+	}
+	for name, p := range map[string]*float64{"cfg": &s.CFG, "temperature": &s.Temperature} {
+		if c.IsSet(name) {
+			*p = c.Float64(name)
+		}
+	}
+	if c.IsSet("cfg-schedule") {
+		s.CFGSchedule = c.String("cfg-schedule")
+	}
+	if s.HeadSteps > s.MaxTimestep+1 {
+		return usagef("%d head steps don't fit into timesteps 0 to %d: lower --head-steps or raise --max-timestep", s.HeadSteps, s.MaxTimestep)
+	}
+	switch {
+	case c.Bool("uncond"):
+		j.labels = []int{-1}
+		s.CFG = 1
+	case c.IsSet("classes"):
+		var err error
+		if j.labels, err = parseClasses(c.String("classes"), info.ClassNames, info.MAR.ClassNum); err != nil {
+			return err
+		}
+	default:
+		for id := range info.MAR.ClassNum {
+			j.labels = append(j.labels, id)
+		}
+	}
+	if j.n == 0 {
+		if j.n = len(j.labels); !c.IsSet("classes") {
+			j.n = 8
+		}
+	}
+	j.batch = min(j.batch, j.n)
+	return nil
+}
+
+func (j *job) fillParams(c *cli.Context, dev engine.Device) {
+	j.params = imageParams{Software: "margo " + c.App.Version, Model: filepath.Base(c.String("model")), Sampling: j.settings,
+		Seed: j.seed, Device: dev.Name(), DType: j.dtype.String(), Image: c.String("image"), Mask: c.String("mask")}
+	if j.tokenizer.path != "" {
+		j.params.Tokenizer = filepath.Base(j.tokenizer.path)
+	}
+}
+
+func (j *job) request() sample.Request {
+	s := j.settings
+	return sample.Request{Labels: j.labels, N: j.n, FirstIndex: j.first, Batch: j.batch, Iters: s.Iters, HeadSteps: s.HeadSteps,
+		MaxTimestep: s.MaxTimestep, CFG: s.CFG, CFGSchedule: s.CFGSchedule, Temperature: s.Temperature, Seed: j.seed}
+}
+
+func (j *job) options() sample.Options {
+	return sample.Options{Compute: j.dtype, LatentScale: j.tokenizer.scale}
+}
+
+// period is the number of labels that the images go through.
+func (j *job) period() int { return min(len(j.labels), j.n) }
+
+func (j *job) classNames() []string {
+	var names []string
+	for i := range j.period() {
+		names = append(names, className(j.info.ClassNames, j.label(j.first+i)))
+	}
+	return names
+}
+
+// label is the class of the image with the given index.
+func (j *job) label(index int) int { return j.labels[index%len(j.labels)] }

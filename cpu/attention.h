@@ -1,0 +1,35 @@
+// attention.h: a worker's scratch in attention; shared by ops.c and
+// attention.inc.h.
+#ifndef MARGO_CPU_ATTENTION_H
+#define MARGO_CPU_ATTENTION_H
+
+#include "ops.h"
+
+#define MC_ATT_ROWS 28 // queries at a time: two blocks of the largest micro-kernel; 320 scores each take 36 KiB
+
+// struct mc_att_layout: packed K and V, rows of Q, scores, their bf16
+// exponentials and a tile of O, at these offsets in bytes; row strides in
+// elements.
+struct mc_att_layout {
+	int64_t ldq, lds, ldp;
+	size_t k, v, q, s, p, t, end;
+};
+
+static inline struct mc_att_layout mc_att_layout(const struct mc_attention *a) {
+	int dt = a->q.dtype;
+	int64_t keys = mc_ceil(a->max_k, MC_NR) * MC_NR;
+	// An odd number of half lines or lines between rows: they must not all
+	// fall into the same few sets of L1.
+	struct mc_att_layout l = {.ldq = mc_ceil(a->dh, 64) * 64 + 32, .lds = mc_ceil(keys, 64) * 64 + 16,
+	                          .ldp = mc_ceil(keys, 64) * 64 + 32};
+	l.k = 0;
+	l.v = l.k + (size_t)mc_packed_bytes(dt, keys, a->dh);
+	l.q = l.v + (size_t)mc_packed_bytes(dt, a->dh, keys);
+	l.s = l.q + (size_t)(MC_ATT_ROWS * l.ldq * 4);
+	l.p = l.s + (size_t)(MC_ATT_ROWS * l.lds * 4);
+	l.t = l.p + (dt == MC_BF16 ? (size_t)(MC_ATT_ROWS * l.ldp * 2) : 0);
+	l.end = l.t + MC_ATT_ROWS * MC_NR * 4;
+	return l;
+}
+
+#endif

@@ -1,0 +1,50 @@
+// gemm.h: how a GEMM is cut into parts; shared by gemm.c and gemm.inc.h. None
+// of it changes a result.
+#ifndef MARGO_CPU_GEMM_H
+#define MARGO_CPU_GEMM_H
+
+#include "core.h"
+
+#define MC_GEMM_TILE ((14 * MC_NR + 16) * 4) // bytes: tile of the largest micro-kernel, one vector of slack
+#define MC_GEMM_AHEAD 2048                   // bytes that a streamed panel is fetched ahead
+#define MC_GEMM_L2 (384 << 10)               // bytes of L2 that a group of rows of A may take
+
+// mc_gemm_copies tells whether rows of A are first copied: to get the dtype of W,
+// or because their distance would put them all in a few sets of L1.
+static inline int mc_gemm_copies(const struct mc_gemm *g, int64_t m) {
+	int64_t stride = g->ldx * (g->x_dtype == MC_F32 ? 4 : 2);
+	return g->x_dtype != g->w_dtype || (m > 4 && g->k > 64 && stride % 2048 == 0);
+}
+
+// mc_gemm_ldcopy is the row stride of the copy: an odd number of lines.
+static inline int64_t mc_gemm_ldcopy(int64_t k) { return mc_ceil(k, 64) * 64 + 32; }
+
+// mc_gemm_group is the most rows that one part takes: what stays in L2 while
+// the panels of W pass.
+static inline int64_t mc_gemm_group(const struct mc_gemm *g) {
+	int64_t row = g->k * (g->w_dtype == MC_F32 ? 4 : 2);
+	int64_t rows = MC_GEMM_L2 / mc_max(row, 1) / 14 * 14;
+	return mc_max(14, mc_min(rows, 112));
+}
+
+static inline size_t mc_gemm_scratch(const struct mc_gemm *g) {
+	int64_t rows = mc_min(g->m, mc_gemm_group(g));
+	size_t copy = (size_t)(rows * mc_gemm_ldcopy(g->k) * (g->w_dtype == MC_F32 ? 4 : 2));
+	return MC_GEMM_TILE + (mc_gemm_copies(g, rows) ? copy : 0);
+}
+
+// mc_gemm_split cuts the rows into groups and the panels p0 … p1-1 into chunks;
+// each pair is a task, and tasks are enough for nt workers to end together.
+struct mc_gemm_plan {
+	int64_t groups, chunks, p0, p1;
+};
+static inline struct mc_gemm_plan mc_gemm_split(const struct mc_gemm *g, int nt) {
+	struct mc_gemm_plan p = {mc_ceil(g->m, mc_gemm_group(g)), 1, g->n0 / MC_NR, mc_ceil(g->n0 + g->n, MC_NR)};
+	int64_t panels = p.p1 - p.p0;
+	if (nt > 1) p.chunks = mc_min(panels, mc_ceil(mc_ceil(8 * nt, p.groups), nt) * nt);
+	if (panels < nt && p.groups < 4 * nt && g->m >= 8 * nt) // narrow: cut rows finer
+		p.groups = mc_min(4 * nt, mc_ceil(g->m, 14));
+	return p;
+}
+
+#endif

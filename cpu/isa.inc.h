@@ -1,0 +1,30 @@
+// isa.inc.h: everything that is compiled once per instruction set. The file
+// that includes it has set the target, MC_ISA_*, MC_KERNELS (name of the table)
+// and MC_ISA_NAME.
+#include "core.h"
+#include "gemm.h"
+#include "head.h"
+#include "ops.h"
+#include "simd.h"
+#include "vmath.inc.h"
+#include "gemm.inc.h"
+#include "ops.inc.h"
+#include "head.inc.h"
+#include "peak.inc.h"
+
+const struct mc_kernels MC_KERNELS = {
+	.name = MC_ISA_NAME,
+	.mul_f32 = mul_f32,
+	.mul_bf16 = mul_bf16,
+	.pack_nk_f32 = pack_nk_f32,
+	.pack_nk_bf16 = pack_nk_bf16,
+	.pack_kn_bf16 = pack_kn_bf16,
+	.epilogue = epilogue,
+	.to_bf16 = to_bf16,
+	.to_f32 = to_f32,
+	.gemm = gemm,
+	.head = head,
+	.peak = peak,
+	.stream = stream,
+	.ops = &ops,
+};

@@ -1,0 +1,60 @@
+// peak.c: measured limits of the machine, for comparison with kernels.
+#include <time.h>
+
+#include "core.h"
+#include "peak.h"
+
+struct probe {
+	int dtype;
+	int64_t iters, bytes; // of each worker
+	const char *data;
+	double done[1024]; // work of each worker
+};
+
+static double seconds(void) {
+	struct timespec t;
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static void flops_worker(struct mc_worker *w, void *ctx) {
+	struct probe *p = ctx;
+	p->done[w->tid] = mc_kern()->peak(p->dtype, p->iters);
+}
+
+static void stream_worker(struct mc_worker *w, void *ctx) {
+	struct probe *p = ctx;
+	volatile float keep = mc_kern()->stream((const float *)(p->data + w->tid * p->bytes), p->bytes);
+	(void)keep;
+	p->done[w->tid] = (double)p->bytes;
+}
+
+// rate is the best of rounds, in units of work per second; 0 without memory.
+static double rate(mc_fn fn, struct probe *p, int nt, int rounds) {
+	double best = 0;
+	for (int r = 0; r < rounds; r++) {
+		double t = seconds(), work = 0;
+		if (mc_parallel(nt, 0, fn, p)) return 0;
+		t = seconds() - t;
+		for (int i = 0; i < nt; i++) work += p->done[i];
+		if (work / t > best) best = work / t;
+	}
+	return best;
+}
+
+double mc_peak_flops(int dtype, int nt) {
+	struct probe p = {.dtype = dtype, .iters = 200000};
+	return rate(flops_worker, &p, nt < 1 ? 1 : nt > 1024 ? 1024 : nt, 8);
+}
+
+double mc_peak_stream(int64_t bytes, int nt) {
+	nt = nt < 1 ? 1 : nt > 1024 ? 1024 : nt;
+	struct probe p = {.bytes = bytes / nt / 4096 * 4096};
+	char *data = mc_alloc((size_t)bytes);
+	if (!data) return 0;
+	for (int64_t i = 0; i < bytes; i += 4096) data[i] = 0; // map the pages
+	p.data = data;
+	double best = rate(stream_worker, &p, nt, 6);
+	mc_free(data);
+	return best;
+}

@@ -1,0 +1,98 @@
+package checkpoint
+
+import (
+	"context"
+	"io"
+	"maps"
+	"slices"
+
+	"margo/engine"
+)
+
+// ConvertOptions of Convert; the zero value keeps everything.
+type ConvertOptions struct {
+	Open OpenOptions
+	MAR  MAROptions
+	// DType of the written tensors: F32 or BF16; "" keeps each as it is.
+	DType DType
+	// Metadata is added to the file and goes before what the source says.
+	// margo reads kind, latent_scale, class_names (a JSON array), tokenizer,
+	// iters, head_steps, max_timestep, cfg, cfg_schedule and temperature; other
+	// keys are kept as they are. config comes from the tensors.
+	Metadata map[string]string
+}
+
+// Converted says what Convert wrote.
+type Converted struct {
+	Model   *Model
+	State   string   // the state dict that was used
+	Params  int64    // parameters written
+	Ignored []string // tensors of the source that are not part of the model
+}
+
+// Convert writes any readable checkpoint of a MAR or KL tokenizer as
+// safetensors with metadata kind, config and latent_scale (the authors' 0.2325
+// for a MAR or KL-16 that records none) and, for a MAR, its sampling defaults.
+// Every tensor of the model must be there, with its shape, and no other. out
+// appears complete or not at all, and may be in.
+func Convert(ctx context.Context, in, out string, o ConvertOptions) (*Converted, error) {
+	if o.DType != "" && o.DType != F32 && o.DType != BF16 {
+		return nil, engine.Errorf("convert "+in, engine.Invalid, "cannot write dtype %s; use F32 or BF16", quote(string(o.DType)))
+	}
+	if _, ok := o.Metadata["config"]; ok {
+		return nil, engine.Errorf("convert "+in, engine.Invalid, "metadata config is made from the tensors and cannot be given")
+	}
+	f, err := Open(in, o.Open)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+
+	meta := f.Metadata()
+	if meta == nil {
+		meta = map[string]string{}
+	}
+	maps.Copy(meta, o.Metadata)
+	m, err := describe(f, o.MAR, meta)
+	if err != nil {
+		if _, own := describe(f, o.MAR, f.meta); own == nil { // the caller's fault then
+			return nil, engine.Errorf("convert "+in, engine.Invalid, "%w", err)
+		}
+		return nil, err
+	}
+	specs := m.Params()
+	ignored, err := Check(f, specs, m.Ignorable)
+	if err != nil {
+		return nil, err
+	}
+	if m.LatentScale == 0 && (m.Kind == KindMAR || sameTokenizer(m.KL, KL16())) {
+		m.LatentScale = DefaultLatentScale
+	}
+	own, err := m.metadata()
+	if err != nil {
+		return nil, engine.Errorf("convert "+in, engine.Internal, "%w", err)
+	}
+	maps.Copy(meta, own)
+
+	entries := make([]Entry, len(specs))
+	for i, p := range specs {
+		info, _ := f.Tensor(p.Name)
+		if o.DType != "" {
+			info.DType = o.DType
+		}
+		entries[i] = Entry{info, func(w io.Writer) error {
+			defer f.Release(info.Name)
+			return f.WriteTo(w, info.Name, info.DType)
+		}}
+	}
+	if err := Save(ctx, out, entries, meta); err != nil {
+		return nil, err
+	}
+	return &Converted{Model: m, State: f.State(), Params: CountParams(specs, ""), Ignored: ignored}, nil
+}
+
+// sameTokenizer compares what shapes tell.
+func sameTokenizer(a, b *KLConfig) bool {
+	return a.Ch == b.Ch && a.NumResBlocks == b.NumResBlocks && a.ZChannels == b.ZChannels && a.EmbedDim == b.EmbedDim &&
+		slices.Equal(a.ChMult, b.ChMult)
+}

@@ -1,0 +1,212 @@
+package checkpoint
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+
+	"margo/engine"
+)
+
+// KLConfig describes a KL tokenizer in the layout of latent diffusion
+// (MAR models/vae.py, LDM autoencoder.py). Level i works at 1/2^i of the
+// image's resolution with Ch·ChMult[i] channels. All of it is told by shapes.
+type KLConfig struct {
+	Ch           int   `json:"ch"`
+	ChMult       []int `json:"ch_mult"`
+	NumResBlocks int   `json:"num_res_blocks"`
+	InChannels   int   `json:"in_channels"`
+	OutChannels  int   `json:"out_ch"`
+	ZChannels    int   `json:"z_channels"`
+	EmbedDim     int   `json:"embed_dim"` // channels of the latents
+	// Levels whose residual blocks are each followed by attention. LDM's
+	// decoder has it at the lowest resolution, MAR's has none.
+	EncoderAttn []int `json:"encoder_attn_levels"`
+	DecoderAttn []int `json:"decoder_attn_levels"`
+	Resolution  int   `json:"resolution,omitempty"` // of its training images; 0 unknown
+}
+
+// groups is the number of groups of every GroupNorm (vae.py Normalize).
+const groups = 32
+
+// KL16 is the tokenizer of the published MARs: stride 16, 16 channels (P43).
+func KL16() *KLConfig {
+	return &KLConfig{Ch: 128, ChMult: []int{1, 1, 2, 2, 4}, NumResBlocks: 2, InChannels: 3, OutChannels: 3,
+		ZChannels: 16, EmbedDim: 16, EncoderAttn: []int{4}, DecoderAttn: []int{}, Resolution: 256}
+}
+
+// Stride is the pixels for each latent position, per side.
+func (c *KLConfig) Stride() int { return 1 << (len(c.ChMult) - 1) }
+
+// Validate reports the first field that cannot be.
+func (c *KLConfig) Validate() error {
+	bad := func(format string, args ...any) error {
+		return engine.Errorf("KL config", engine.Invalid, format, args...)
+	}
+	if len(c.ChMult) < 1 || len(c.ChMult) > 10 {
+		return bad("ch_mult has %d levels, it must have between 1 and 10", len(c.ChMult))
+	}
+	for _, f := range []struct {
+		name    string
+		v, most int
+	}{
+		{"ch", c.Ch, 1 << 13}, {"num_res_blocks", c.NumResBlocks, 64}, {"in_channels", c.InChannels, 1 << 10}, {"out_ch", c.OutChannels, 1 << 10},
+		{"z_channels", c.ZChannels, 1 << 13}, {"embed_dim", c.EmbedDim, 1 << 13}, {"ch_mult", slices.Min(c.ChMult), 1 << 6}, {"ch_mult", slices.Max(c.ChMult), 1 << 6},
+	} {
+		if f.v < 1 || f.v > f.most {
+			return bad("%s is %d, it must be between 1 and %d", f.name, f.v, f.most)
+		}
+	}
+	for i, m := range c.ChMult {
+		if c.Ch*m%groups != 0 || c.Ch%groups != 0 {
+			return bad("ch · ch_mult[%d] = %d: channels must be divisible by the %d groups of GroupNorm", i, c.Ch*m, groups)
+		}
+	}
+	for _, i := range append(slices.Clone(c.EncoderAttn), c.DecoderAttn...) {
+		if i < 0 || i >= len(c.ChMult) {
+			return bad("attention at level %d of %d", i, len(c.ChMult))
+		}
+	}
+	if c.Resolution < 0 || c.Resolution > 1<<16 {
+		return bad("resolution is %d", c.Resolution)
+	}
+	return nil
+}
+
+// Params lists the tensors of encoder, decoder, quant_conv and post_quant_conv.
+func (c *KLConfig) Params() []ParamSpec {
+	var b builder
+	n := len(c.ChMult)
+	at := func(level int) int { return c.Ch * c.ChMult[level] }
+	low := at(n - 1)
+
+	b.conv("encoder.conv_in", c.Ch, c.InChannels, 3)
+	in := c.Ch
+	for i := 0; i < n; i++ {
+		in = b.level(fmt.Sprintf("encoder.down.%d", i), in, at(i), c.NumResBlocks, slices.Contains(c.EncoderAttn, i))
+		if i < n-1 {
+			b.conv(fmt.Sprintf("encoder.down.%d.downsample.conv", i), in, in, 3)
+		}
+	}
+	b.middle("encoder.mid", low)
+	b.norm("encoder.norm_out", low)
+	b.conv("encoder.conv_out", 2*c.ZChannels, low, 3)
+
+	b.conv("decoder.conv_in", low, c.ZChannels, 3)
+	b.middle("decoder.mid", low)
+	in = low
+	for i := n - 1; i >= 0; i-- {
+		in = b.level(fmt.Sprintf("decoder.up.%d", i), in, at(i), c.NumResBlocks+1, slices.Contains(c.DecoderAttn, i))
+		if i > 0 {
+			b.conv(fmt.Sprintf("decoder.up.%d.upsample.conv", i), in, in, 3)
+		}
+	}
+	b.norm("decoder.norm_out", in)
+	b.conv("decoder.conv_out", c.OutChannels, in, 3)
+	b.conv("quant_conv", 2*c.EmbedDim, 2*c.ZChannels, 1)
+	b.conv("post_quant_conv", c.ZChannels, c.EmbedDim, 1)
+	return b.out
+}
+
+// level is a run of residual blocks at one resolution; it returns its channels.
+func (b *builder) level(p string, in, out, blocks int, attention bool) int {
+	for j := 0; j < blocks; j++ {
+		b.resnet(fmt.Sprintf("%s.block.%d", p, j), in, out)
+		in = out
+	}
+	for j := 0; attention && j < blocks; j++ {
+		b.attention(fmt.Sprintf("%s.attn.%d", p, j), out)
+	}
+	return out
+}
+
+func (b *builder) resnet(p string, in, out int) {
+	b.norm(p+".norm1", in)
+	b.conv(p+".conv1", out, in, 3)
+	b.norm(p+".norm2", out)
+	b.conv(p+".conv2", out, out, 3)
+	if in != out {
+		b.conv(p+".nin_shortcut", out, in, 1)
+	}
+}
+
+func (b *builder) attention(p string, ch int) {
+	b.norm(p+".norm", ch)
+	for _, s := range []string{"q", "k", "v", "proj_out"} {
+		b.conv(p+"."+s, ch, ch, 1)
+	}
+}
+
+func (b *builder) middle(p string, ch int) {
+	b.resnet(p+".block_1", ch, ch)
+	b.attention(p+".attn_1", ch)
+	b.resnet(p+".block_2", ch, ch)
+}
+
+// IgnorableKL tells the keys that training leaves in a tokenizer's state dict:
+// the discriminator and perceptual loss, and a trainer's averaged copy.
+func IgnorableKL(name string) bool {
+	return strings.HasPrefix(name, "loss.") || strings.HasPrefix(name, "model_ema.")
+}
+
+// InferKL reads a tokenizer's configuration from names and shapes; only the
+// resolution comes from metadata.
+func InferKL(f *File) (*KLConfig, error) {
+	c := &KLConfig{EncoderAttn: []int{}, DecoderAttn: []int{}}
+	var err error
+	dim := func(name string, axis int) int {
+		info, ok := f.Tensor(name)
+		if err != nil {
+			return 0
+		}
+		if !ok {
+			err = badFile(f.path, "not a KL tokenizer: no tensor %s", quote(name))
+		} else if len(info.Shape) != 4 || info.Shape[axis] < 1 {
+			err = badFile(f.path, "not a KL tokenizer: tensor %s has shape %s", quote(name), engine.ShapeString(info.Shape))
+		} else {
+			return info.Shape[axis]
+		}
+		return 0
+	}
+	c.Ch = dim("encoder.conv_in.weight", 0)
+	c.InChannels = dim("encoder.conv_in.weight", 1)
+	c.ZChannels = dim("decoder.conv_in.weight", 1)
+	c.EmbedDim = dim("post_quant_conv.weight", 1)
+	c.OutChannels = dim("decoder.conv_out.weight", 0)
+	levels := f.count("encoder.down.%d.block.0.norm1.weight")
+	c.NumResBlocks = f.count("encoder.down.0.block.%d.norm1.weight")
+	for i := 0; i < levels; i++ {
+		w := dim(fmt.Sprintf("encoder.down.%d.block.0.conv1.weight", i), 0)
+		if err == nil && w%c.Ch != 0 {
+			err = badFile(f.path, "level %d has %d channels, not a multiple of the first convolution's %d", i, w, c.Ch)
+		}
+		if err != nil {
+			return nil, err
+		}
+		c.ChMult = append(c.ChMult, w/c.Ch)
+		if f.tensors[fmt.Sprintf("encoder.down.%d.attn.0.norm.weight", i)] != nil {
+			c.EncoderAttn = append(c.EncoderAttn, i)
+		}
+		if f.tensors[fmt.Sprintf("decoder.up.%d.attn.0.norm.weight", i)] != nil {
+			c.DecoderAttn = append(c.DecoderAttn, i)
+		}
+	}
+	if err != nil {
+		return nil, err
+	}
+	recorded, err := f.recordedConfig()
+	if err != nil {
+		return nil, err
+	}
+	only := struct {
+		Resolution int `json:"resolution"`
+	}{}
+	if err := setFields(&only, recorded); err != nil {
+		return nil, badFile(f.path, "config: %w", err)
+	}
+	c.Resolution = only.Resolution
+	if err := c.Validate(); err != nil {
+		return nil, badFile(f.path, "%w", err)
+	}
+	return c, nil
+}

@@ -1,0 +1,194 @@
+package checkpoint
+
+import (
+	"encoding/json"
+	"fmt"
+	"math"
+	"strconv"
+
+	"margo/engine"
+)
+
+// Kinds of model a file may hold.
+const (
+	KindMAR = "mar" // a masked autoregressive model with a diffusion head
+	KindKL  = "kl"  // a KL tokenizer
+)
+
+// DefaultLatentScale is the factor between KL-16's latents and MAR's tokens in
+// the authors' code (engine_mar.py): 1 over the latents' standard deviation.
+const DefaultLatentScale = 0.2325
+
+// Sampling is a model's own choice of how to sample from it.
+type Sampling struct {
+	Iters       int     `json:"iters"`        // autoregressive steps
+	HeadSteps   int     `json:"head_steps"`   // diffusion steps of the head
+	MaxTimestep int     `json:"max_timestep"` // largest diffusion timestep, 0 to 999
+	CFG         float64 `json:"cfg"`          // guidance scale, 1 is off
+	CFGSchedule string  `json:"cfg_schedule"` // linear or constant
+	Temperature float64 `json:"temperature"`
+}
+
+// Model is what a checkpoint says about itself, in its metadata, or without any
+// in its names and shapes.
+type Model struct {
+	Kind        string
+	MAR         *MARConfig // of KindMAR
+	KL          *KLConfig  // of KindKL
+	LatentScale float64    // tokens = latents · LatentScale; 0 is unknown
+	Sampling    Sampling   // of KindMAR, authors' settings where the file has none
+	ClassNames  []string   // of KindMAR, by class; nil if unknown
+	Tokenizer   string     // of KindMAR: file name of its tokenizer, beside it; "" if unknown
+}
+
+// Params lists the model's tensors.
+func (m *Model) Params() []ParamSpec {
+	if m.Kind == KindKL {
+		return m.KL.Params()
+	}
+	return m.MAR.Params()
+}
+
+// Ignorable reports whether a tensor that the model does not need may be there.
+func (m *Model) Ignorable(name string) bool { return m.Kind == KindKL && IgnorableKL(name) }
+
+// Describe finds out what a file holds. Check(f, m.Params(), m.Ignorable) then
+// says whether all of it is there.
+func Describe(f *File, o MAROptions) (*Model, error) {
+	return describe(f, o, f.meta)
+}
+
+func describe(f *File, o MAROptions, meta map[string]string) (*Model, error) {
+	m := &Model{Kind: meta["kind"]}
+	if m.Kind == "" {
+		switch {
+		case f.tensors["encoder.conv_in.weight"] != nil:
+			m.Kind = KindKL
+		case f.tensors["mask_token"] != nil && f.tensors["diffusion_pos_embed_learned"] != nil:
+			m.Kind = KindMAR
+		default:
+			return nil, badFile(f.path, "neither a MAR nor a KL tokenizer: it has neither the tensor %q nor %q", "mask_token", "encoder.conv_in.weight")
+		}
+	}
+	var err error
+	switch m.Kind {
+	case KindMAR:
+		m.MAR, err = InferMAR(f, o)
+	case KindKL:
+		m.KL, err = InferKL(f)
+	default:
+		err = badFile(f.path, "metadata kind %s is not known to this version of margo", quote(m.Kind))
+	}
+	if err != nil {
+		return nil, err
+	}
+	if m.LatentScale, err = f.latentScale(meta); err != nil {
+		return nil, badFile(f.path, "latent_scale: %w", err)
+	}
+	if m.Kind == KindMAR {
+		if err := m.sampling(meta); err != nil {
+			return nil, badFile(f.path, "metadata %w", err)
+		}
+	}
+	return m, nil
+}
+
+// latentScale is recorded in metadata, or at the top of a PyTorch file.
+func (f *File) latentScale(meta map[string]string) (float64, error) {
+	var x any
+	if s, ok := meta["latent_scale"]; ok {
+		x = s
+	} else if x, ok = f.Value("latent_scale"); !ok {
+		return 0, nil
+	}
+	v, err := number(x)
+	if err == nil && !(v > 0 && v < 1e6) {
+		err = fmt.Errorf("%g is not between 0 and 1e6", v)
+	}
+	return v, err
+}
+
+// sampling fills the settings of a MAR from metadata, over the authors'.
+func (m *Model) sampling(meta map[string]string) error {
+	m.Sampling = Sampling{Iters: 64, HeadSteps: m.MAR.NumSamplingSteps, MaxTimestep: 999, CFG: 1, CFGSchedule: "linear", Temperature: 1}
+	if c := m.MAR; c.VAEEmbedDim == 16 { // README.md of LTH14/mar
+		m.Sampling.CFG = map[marSize]float64{
+			{768, 12, 12, 6, 1024}: 2.9, {1024, 16, 16, 8, 1280}: 3.0, {1280, 20, 16, 12, 1536}: 3.2,
+		}[marSize{c.EncoderEmbedDim, c.EncoderDepth, c.EncoderNumHeads, c.DiffLossD, c.DiffLossW}]
+		if m.Sampling.CFG == 0 {
+			m.Sampling.CFG = 1
+		}
+	}
+	values := make(map[string]any, len(meta))
+	for k, v := range meta {
+		values[k] = v
+	}
+	if err := setFields(&m.Sampling, values); err != nil {
+		return err
+	}
+	m.Tokenizer = meta["tokenizer"]
+	if s, ok := meta["class_names"]; ok {
+		if len(s) > maxJSON {
+			return fmt.Errorf("class_names: %d bytes", len(s))
+		}
+		if err := json.Unmarshal([]byte(s), &m.ClassNames); err != nil {
+			return fmt.Errorf("class_names: %w", err)
+		}
+		if len(m.ClassNames) != m.MAR.ClassNum {
+			return fmt.Errorf("class_names: %d names for %d classes", len(m.ClassNames), m.MAR.ClassNum)
+		}
+	}
+	return m.Sampling.Validate()
+}
+
+// Validate reports the first setting that cannot be.
+func (s *Sampling) Validate() error {
+	bad := func(format string, args ...any) error {
+		return engine.Errorf("sampling", engine.Invalid, format, args...)
+	}
+	switch {
+	case s.Iters < 1 || s.Iters > 1<<20:
+		return bad("iters is %d, it must be at least 1", s.Iters)
+	case s.HeadSteps < 1 || s.HeadSteps > 1000:
+		return bad("head_steps is %d, it must be between 1 and 1000", s.HeadSteps)
+	case s.MaxTimestep < 0 || s.MaxTimestep > 999:
+		return bad("max_timestep is %d, it must be between 0 and 999", s.MaxTimestep)
+	case !(s.CFG >= 0 && s.CFG <= 1e4):
+		return bad("cfg is %g, it must be between 0 and 10000", s.CFG)
+	case s.CFGSchedule != "linear" && s.CFGSchedule != "constant":
+		return bad("cfg_schedule is %s, it must be linear or constant", quote(s.CFGSchedule))
+	case !(s.Temperature >= 0 && s.Temperature <= 1e4):
+		return bad("temperature is %g, it must be between 0 and 10000", s.Temperature)
+	}
+	return nil
+}
+
+// metadata is m as a safetensors file records it.
+func (m *Model) metadata() (map[string]string, error) {
+	var config any = m.MAR
+	if m.Kind == KindKL {
+		config = m.KL
+	}
+	text, err := json.Marshal(config)
+	if err != nil {
+		return nil, err
+	}
+	out := map[string]string{"kind": m.Kind, "config": string(text)}
+	if m.LatentScale > 0 {
+		out["latent_scale"] = floatText(m.LatentScale)
+	}
+	if m.Kind == KindMAR {
+		s := m.Sampling
+		out["iters"], out["head_steps"], out["max_timestep"] = strconv.Itoa(s.Iters), strconv.Itoa(s.HeadSteps), strconv.Itoa(s.MaxTimestep)
+		out["cfg"], out["cfg_schedule"], out["temperature"] = floatText(s.CFG), s.CFGSchedule, floatText(s.Temperature)
+	}
+	return out, nil
+}
+
+// floatText is the shortest text that reads back as v.
+func floatText(v float64) string {
+	if v == math.Trunc(v) && math.Abs(v) < 1e15 {
+		return strconv.FormatFloat(v, 'f', -1, 64)
+	}
+	return strconv.FormatFloat(v, 'g', -1, 64)
+}

@@ -1,0 +1,75 @@
+package conformance
+
+import (
+	"fmt"
+	"math"
+	"regexp"
+	"strings"
+	"time"
+
+	"margo/engine"
+)
+
+// Timing is how fast a device does one case.
+type Timing struct {
+	Case    string
+	Op      engine.Op
+	DType   engine.DType
+	Cost    engine.Cost
+	Seconds float64 // the fastest of Runs
+	Runs    int
+}
+
+// FLOPS is arithmetic per second of matrix products.
+func (t Timing) FLOPS() float64 { return float64(t.Cost.FLOPs()) / t.Seconds }
+
+// Bandwidth is unavoidable memory traffic per second.
+func (t Timing) Bandwidth() float64 { return float64(t.Cost.Bytes) / t.Seconds }
+
+func (t Timing) String() string {
+	return fmt.Sprintf("%-80s %10.1f µs %8.1f GFLOP/s %7.1f GB/s", t.Case, t.Seconds*1e6, t.FLOPS()/1e9, t.Bandwidth()/1e9)
+}
+
+// Bench times the cases of real shapes that match (nil: all), each for about
+// the given time, and tells the fastest run. What the device does not support
+// is left out.
+func Bench(dev engine.Device, match *regexp.Regexp, each time.Duration) (ts []Timing, err error) {
+	for _, c := range Cases() {
+		if c.Bench && dev.Supports(c.Op, c.DType) && (match == nil || match.MatchString(c.Name)) {
+			t, err := c.time(dev, each)
+			if err != nil {
+				return ts, fmt.Errorf("%s: %w", c.Name, err)
+			}
+			ts = append(ts, t)
+		}
+	}
+	return ts, nil
+}
+
+func (c *Case) time(dev engine.Device, each time.Duration) (t Timing, err error) {
+	defer caught(func(e error) { err = e })
+	e := &env{dev: dev, s: must(dev.NewStream()), name: c.Name}
+	defer e.close()
+	w := c.build(e)
+	t = Timing{Case: c.Name, Op: c.Op, DType: c.DType, Cost: w.cost, Seconds: math.Inf(1)}
+	start := time.Now()
+	for t.Runs < 3 || time.Since(start) < each {
+		e.upload() // ops in place would run away otherwise
+		check(e.s.Sync())
+		at := time.Now()
+		check(w.run(e.s))
+		check(e.s.Sync())
+		t.Seconds = min(t.Seconds, time.Since(at).Seconds())
+		t.Runs++
+	}
+	return t, nil
+}
+
+// Table is timings as text.
+func Table(ts []Timing) string {
+	var b strings.Builder
+	for _, t := range ts {
+		fmt.Fprintln(&b, t)
+	}
+	return b.String()
+}

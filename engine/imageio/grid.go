@@ -1,0 +1,49 @@
+package imageio
+
+// GridColumns chooses the columns of a grid of n images whose classes repeat
+// with the given period (image i has class i mod period): one column per class
+// where that makes a sensible sheet, else about as many columns as rows.
+func GridColumns(n, period int) int {
+	if period > 1 && period <= 32 {
+		return min(n, period)
+	}
+	c := 1
+	for c*c < n {
+		c++
+	}
+	return c
+}
+
+// GridScale is the whole factor by which a grid magnifies images that are too
+// small to look at (under 64 pixels wide): up to 96 pixels.
+func GridScale(w int) int {
+	if w <= 0 || w >= 64 {
+		return 1
+	}
+	return 96 / w
+}
+
+// Grid lays images of one size out in rows of cols, each magnified scale times
+// (every pixel becomes a square), with pad white pixels between and around
+// them. Places without an image stay white.
+func Grid(imgs []*RGB, cols, scale, pad int) *RGB {
+	if len(imgs) == 0 || cols < 1 || scale < 1 {
+		return NewRGB(0, 0)
+	}
+	w, h := imgs[0].W*scale, imgs[0].H*scale
+	rows := (len(imgs) + cols - 1) / cols
+	g := NewRGB(cols*(w+pad)+pad, rows*(h+pad)+pad)
+	for i := range g.Pix {
+		g.Pix[i] = 255
+	}
+	for i, img := range imgs {
+		x0, y0 := pad+i%cols*(w+pad), pad+i/cols*(h+pad)
+		for y := 0; y < h; y++ {
+			for x := 0; x < w; x++ {
+				src := ((y/scale)*img.W + x/scale) * 3
+				copy(g.Pix[((y0+y)*g.W+x0+x)*3:][:3], img.Pix[src:src+3])
+			}
+		}
+	}
+	return g
+}

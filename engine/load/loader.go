@@ -1,0 +1,168 @@
+package load
+
+import (
+	"cmp"
+	"slices"
+
+	"margo/engine"
+)
+
+// target is one tensor to make on the device: a parameter, or a stack of them.
+type target struct {
+	*engine.Param
+	parts []engine.NamedParam // in order of rows
+}
+
+// group lists what to make, in the order in which parameters first ask for it.
+func group(params []engine.NamedParam) ([]*target, error) {
+	var out []*target
+	stacks := map[*engine.Param]*target{}
+	for _, p := range params {
+		if p.Stack == nil {
+			out = append(out, &target{p.Param, []engine.NamedParam{p}})
+			continue
+		}
+		t := stacks[p.Stack]
+		if t == nil {
+			t = &target{Param: p.Stack}
+			stacks[p.Stack] = t
+			out = append(out, t)
+		}
+		t.parts = append(t.parts, p)
+	}
+	for _, t := range stacks {
+		slices.SortStableFunc(t.parts, func(a, b engine.NamedParam) int { return cmp.Compare(a.Row, b.Row) })
+		if err := t.covered(); err != nil {
+			return nil, err
+		}
+	}
+	return out, nil
+}
+
+// covered reports a stack whose parts don't fill its rows exactly, or are not
+// of its kind.
+func (t *target) covered() error {
+	row := 0
+	for _, p := range t.parts {
+		if len(p.Shape) == 0 || p.Row != row || p.Role != t.Role || p.F32 != t.F32 || p.Exact != t.Exact ||
+			len(t.Shape) == 0 || !slices.Equal(p.Shape[1:], t.Shape[1:]) {
+			return engine.Errorf("load", engine.Internal, "%q %s does not fit row %d of its stack %s", p.Name,
+				engine.ShapeString(p.Shape), row, engine.ShapeString(t.Shape))
+		}
+		row += p.Shape[0]
+	}
+	if row != t.Shape[0] {
+		return engine.Errorf("load", engine.Internal, "the parts of the stack of %q end at row %d of %d", t.parts[0].Name, row, t.Shape[0])
+	}
+	return nil
+}
+
+// loader carries what is used again from tensor to tensor.
+type loader struct {
+	dev       engine.Device
+	stream    engine.Stream
+	src       Source // nil: values stay undefined
+	host, tmp []byte
+}
+
+// load makes the target in its dtype, and in F32 too where that is asked for.
+func (l *loader) load(t *target, compute engine.DType) (err error) {
+	d := t.DType(compute)
+	if t.T, t.Pack, err = l.make(t, d); err != nil {
+		return err
+	}
+	if wantsExact(t.Param, compute) {
+		if t.T32, t.Pack32, err = l.make(t, engine.F32); err != nil {
+			return err
+		}
+	}
+	for _, p := range t.parts {
+		if p.Stack != nil {
+			p.T = partOf(t.Param, t.T, p.Param)
+			if t.T32 != nil {
+				p.T32 = partOf(t.Param, t.T32, p.Param)
+			}
+		}
+		if l.src != nil {
+			l.src.Release(p.Name)
+		}
+	}
+	return nil
+}
+
+// make reads the target as d. The tensor's buffer is gone if the device has
+// packed it.
+func (l *loader) make(t *target, d engine.DType) (*engine.Tensor, engine.Packed, error) {
+	buf, err := l.dev.Alloc(t.Elems() * d.Size())
+	if err != nil {
+		return nil, nil, err
+	}
+	tensor := engine.NewTensor(buf, 0, d, t.DeviceShape()...)
+	var packed engine.Packed
+	for _, p := range t.parts {
+		if err = l.read(p, partOf(t.Param, tensor, p.Param)); err != nil {
+			break
+		}
+	}
+	if err == nil && t.Role != engine.Vector {
+		// Pack is no operation of the stream, so what it reads must be there.
+		if err = l.stream.Sync(); err == nil {
+			packed, err = l.dev.Pack(engine.PackArgs{W: tensor, DType: d})
+		}
+	}
+	if err == nil && packed == nil {
+		return tensor, nil, nil
+	}
+	tensor.Buf = nil
+	if e := buf.Free(); err == nil {
+		err = e
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	return tensor, packed, nil
+}
+
+// partOf views the rows of t, the value of whole, that part p is.
+func partOf(whole *engine.Param, t *engine.Tensor, p *engine.Param) *engine.Tensor {
+	row := 0
+	if whole != p {
+		row = p.Row * (whole.Elems() / max(whole.Shape[0], 1))
+	}
+	return engine.NewTensor(t.Buf, t.Off+row*t.DType.Size(), t.DType, p.DeviceShape()...)
+}
+
+// read copies the checkpoint tensor p to dst in dst's dtype.
+func (l *loader) read(p engine.NamedParam, dst *engine.Tensor) error {
+	if l.src == nil || dst.Elems() == 0 {
+		return nil
+	}
+	l.host = slices.Grow(l.host[:0], dst.Bytes())[:dst.Bytes()]
+	if err := l.src.ReadAs(p.Name, dst.DType, l.host); err != nil {
+		return err
+	}
+	b := l.host
+	if p.Role == engine.Conv {
+		if len(p.Shape) != 4 {
+			return engine.Errorf("load", engine.Internal, "convolution weight %q has shape %s", p.Name, engine.ShapeString(p.Shape))
+		}
+		l.tmp = slices.Grow(l.tmp[:0], len(b))[:len(b)]
+		channelsLast(l.tmp, b, p.Shape, dst.DType.Size())
+		b = l.tmp
+	}
+	return l.stream.CopyIn(dst, b)
+}
+
+// channelsLast reorders [Cout,Cin,kh,kw] to [Cout,kh,kw,Cin], elements of size
+// bytes.
+func channelsLast(dst, src []byte, shape []int, size int) {
+	cin, taps := shape[1], shape[2]*shape[3]
+	for o := 0; o < shape[0]; o++ {
+		s, d := src[o*cin*taps*size:], dst[o*cin*taps*size:]
+		for c := 0; c < cin; c++ {
+			for k := 0; k < taps; k++ {
+				copy(d[(k*cin+c)*size:][:size], s[(c*taps+k)*size:])
+			}
+		}
+	}
+}

@@ -1,0 +1,112 @@
+package sample
+
+import (
+	"time"
+
+	"margo/engine"
+	"margo/engine/diffusion"
+	"margo/engine/plan"
+)
+
+// Estimate is what the largest batch of a request takes, counted by a dry run.
+type Estimate struct {
+	Activations int64       // bytes of device memory beside the parameters, at the peak
+	Work        plan.Report // launches, FLOPs and traffic of the batch
+	perIter     []float64   // FLOPs done after each iteration, as a share of the batch
+	iters       []int       // Request.Iters' number of each
+}
+
+// headScratch is what a fused head loop may allocate for itself (HeadStepsArgs).
+const headScratch = 64 << 20
+
+// Estimate counts what r takes without running it.
+func (e *Engine) Estimate(r Request) (Estimate, error) {
+	if err := r.validate(&e.model.Config); err != nil {
+		return Estimate{}, err
+	}
+	proc, err := diffusion.MAR(r.HeadSteps, r.MaxTimestep)
+	if err != nil {
+		return Estimate{}, err
+	}
+	return e.estimate(&r, proc)
+}
+
+func (e *Engine) estimate(r *Request, proc *diffusion.Process) (est Estimate, err error) {
+	dry := *r
+	dry.Draws, dry.AfterIterate = nil, nil // the order is known, the rest does not change the work
+	orders := *r
+	b, err := newBatch(&e.model.Config, &orders, r.FirstIndex, min(r.Batch, r.N))
+	if err != nil {
+		return est, err
+	}
+	dev := plan.New(0)
+	c, err := engine.NewCtx(dev, e.opt.Compute)
+	if err != nil {
+		return est, err
+	}
+	defer c.Close()
+	w := &run{model: e.model, tok: e.tok, opt: e.opt, r: &dry, c: c, proc: proc}
+	_, err = w.batch(b, func(iter int) {
+		est.iters = append(est.iters, iter)
+		est.perIter = append(est.perIter, float64(dev.Report().Total().FLOPs()))
+	})
+	est.Work, est.Activations = dev.Report(), int64(c.Arena.Peak())
+	if all := float64(est.Work.Total().FLOPs()); all > 0 {
+		for i := range est.perIter {
+			est.perIter[i] /= all
+		}
+	}
+	return est, err
+}
+
+// fits refuses what the device has no memory for, before the first kernel.
+func (e *Engine) fits(est Estimate) error {
+	info := e.dev.Info()
+	need := est.Activations + headScratch
+	if info.MemFree <= 0 || need <= info.MemFree {
+		return nil
+	}
+	return &engine.Error{Op: "sample", Kind: engine.OutOfMemory, Device: info.Name,
+		Err: needs{need, info.MemFree, info.Name}}
+}
+
+// meter turns iterations into Progress.
+type meter struct {
+	f     func(Progress)
+	start time.Time
+	r     *Request
+	est   Estimate
+}
+
+func newMeter(f func(Progress), start time.Time, r *Request, est Estimate) *meter {
+	return &meter{f, start, r, est}
+}
+
+// tell reports that done images are finished and that n more are after
+// iteration iter.
+func (m *meter) tell(done, n, iter int) {
+	if m.f == nil {
+		return
+	}
+	p := Progress{Done: done, Total: m.r.N, Iter: iter, Iters: m.r.Iters, Elapsed: time.Since(m.start)}
+	share := 0.0
+	for i, k := range m.est.iters {
+		if k <= iter {
+			share = m.est.perIter[i]
+		}
+	}
+	if at := float64(done) + float64(n)*share; at > 0 && p.Elapsed > 0 {
+		p.Rate = at / p.Elapsed.Seconds()
+		p.Left = time.Duration((float64(m.r.N) - at) / p.Rate * float64(time.Second))
+	}
+	m.f(p)
+}
+
+type needs struct {
+	need, has int64
+	name      string
+}
+
+func (n needs) Error() string {
+	return "needs " + plan.Size(n.need) + ", " + n.name + " has " + plan.Size(n.has)
+}

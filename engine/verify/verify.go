@@ -1,0 +1,153 @@
+package verify
+
+import (
+	"context"
+	"errors"
+
+	"margo/engine"
+	"margo/engine/checkpoint"
+	"margo/engine/load"
+	"margo/engine/mar"
+	"margo/engine/ref"
+	"margo/engine/tokenizer"
+)
+
+// Options say what to replay on what.
+type Options struct {
+	Model, Trace string
+	Device       engine.Device
+	DType        engine.DType
+	MAR          checkpoint.MAROptions // for weights without a config
+	Stage        func(Stage)           // called as stages finish; may be nil
+}
+
+// Result is a whole replay.
+type Result struct {
+	Kind   Kind    `json:"kind"`
+	Stages []Stage `json:"stages"`
+	Pass   bool    `json:"pass"`
+}
+
+// models holds what a side has bound: one of the two.
+type models struct {
+	mar *mar.Model
+	kl  *tokenizer.KL
+}
+
+type verifier struct {
+	ctx                    context.Context
+	o                      Options
+	t                      *trace
+	model                  *checkpoint.Model
+	dtype                  engine.DType
+	result                 Result
+	device, exact, rounded *side
+}
+
+func (v *verifier) add(s Stage) {
+	v.result.Stages = append(v.result.Stages, s)
+	if s.Gated && !s.Pass {
+		v.result.Pass = false
+	}
+	if v.o.Stage != nil {
+		v.o.Stage(s)
+	}
+}
+
+// Run replays the trace. The error is about files and devices; a stage that
+// misses its limit is in the result.
+func Run(ctx context.Context, o Options) (*Result, error) {
+	t, err := openTrace(o.Trace)
+	if err != nil {
+		return nil, err
+	}
+	defer t.Close()
+	f, err := checkpoint.Open(o.Model, checkpoint.OpenOptions{})
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	desc, err := checkpoint.Describe(f, o.MAR)
+	if err != nil {
+		return nil, err
+	}
+	if want := map[bool]string{true: checkpoint.KindKL, false: checkpoint.KindMAR}[t.kind == Tokenizer]; desc.Kind != want {
+		return nil, engine.Errorf("verify", engine.Invalid, "the trace %s is of a %s, but %s holds a model of kind %q", o.Trace, t.kind, o.Model, desc.Kind)
+	}
+	v := &verifier{ctx: ctx, o: o, t: t, model: desc, dtype: o.DType, result: Result{Kind: t.kind, Pass: true}}
+	defer v.close()
+	for _, s := range []struct {
+		at      **side
+		dev     engine.Device
+		compute engine.DType
+	}{
+		{&v.device, o.Device, o.DType},
+		{&v.exact, ref.New(ref.Exact), engine.F32},
+		{&v.rounded, ref.New(ref.Rounded), o.DType},
+	} {
+		if *s.at, err = v.bind(f, s.dev, s.compute); err != nil {
+			return nil, err
+		}
+	}
+	run := map[Kind]func() error{EncDec: v.encdec, HeadNet: v.head, Sampling: v.sampling, Tokenizer: v.tokenizer}[t.kind]
+	if err := run(); err != nil {
+		return nil, err
+	}
+	if len(v.result.Stages) == 0 {
+		return nil, engine.Errorf("verify", engine.Internal, "no stage was compared")
+	}
+	return &v.result, nil
+}
+
+// bind loads the model onto a device.
+func (v *verifier) bind(f *checkpoint.File, dev engine.Device, compute engine.DType) (*side, error) {
+	c, err := engine.NewCtx(dev, compute)
+	if err != nil {
+		return nil, err
+	}
+	s := &side{dev: dev, compute: compute, c: c}
+	var params []engine.NamedParam
+	if v.model.Kind == checkpoint.KindMAR {
+		if s.m.mar, err = mar.New(v.model.MAR); err == nil {
+			params = engine.Params(s.m.mar)
+		}
+	} else if s.m.kl, err = tokenizer.NewKL(v.model.KL, 1, true); err == nil {
+		params = engine.Params(s.m.kl)
+	}
+	if err == nil {
+		err = load.Bind(params, f, dev, compute, load.Options{Ignore: v.model.Ignorable})
+	}
+	if err != nil {
+		return nil, errors.Join(err, c.Close())
+	}
+	return s, nil
+}
+
+func (s *side) params() []engine.NamedParam {
+	if s.m.mar != nil {
+		return engine.Params(s.m.mar)
+	}
+	return engine.Params(s.m.kl)
+}
+
+func (v *verifier) close() {
+	for _, s := range []*side{v.device, v.exact, v.rounded} {
+		if s != nil {
+			load.Free(s.params())
+			s.c.Close()
+		}
+	}
+}
+
+// all compares the stages in order, unless the caller gives up.
+func (v *verifier) all(checks []check) error {
+	for _, c := range checks {
+		if err := v.ctx.Err(); err != nil {
+			return engine.Errorf("verify", engine.Cancelled, "%w", err)
+		}
+		if err := v.compare(c); err != nil {
+			return err
+		}
+	}
+	return nil
+}
