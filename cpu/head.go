@@ -22,10 +22,6 @@ func (s *stream) HeadSteps(a engine.HeadStepsArgs) error {
 		var temp []*packed
 		defer func() { freeAll(temp) }()
 		depth := len(a.Weights.Blocks)
-		if depth == 0 {
-			v.err = engine.Errorf("", engine.Unsupported, "a head without blocks")
-			return 0
-		}
 		// Arrays that the arguments point to may not lie in Go memory.
 		const wb, bb, sb = int(unsafe.Sizeof(C.struct_mc_head_weights{})), int(unsafe.Sizeof(C.struct_mc_head_block{})),
 			int(unsafe.Sizeof(C.struct_mc_head_step{}))
@@ -95,7 +91,7 @@ func (v *views) head(h *engine.HeadWeights, w *C.struct_mc_head_weights, b []C.s
 	for i, e := range h.Blocks {
 		b[i] = C.struct_mc_head_block{norm_w: v.f32(e.NormWeight), norm_b: v.f32(e.NormBias), fc1: matrix(e.Fc1), fc2: matrix(e.Fc2)}
 	}
-	*w = C.struct_mc_head_weights{input: matrix(h.Input), ada: matrix(h.Ada), final: matrix(h.Final), blocks: &b[0],
+	*w = C.struct_mc_head_weights{input: matrix(h.Input), ada: matrix(h.Ada), final: matrix(h.Final), blocks: unsafe.SliceData(b),
 		depth: C.int64_t(len(b)), eps: C.float(h.Eps)}
 	for i := range b {
 		if b[i].fc1.dtype != w.ada.dtype || b[i].fc2.dtype != w.ada.dtype {

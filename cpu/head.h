@@ -23,7 +23,7 @@ struct mc_head_block {
 struct mc_head_weights {
 	struct mc_matrix input, ada, final;
 	const struct mc_head_block *blocks;
-	int64_t depth; // at least 1
+	int64_t depth;
 	float eps;
 };
 

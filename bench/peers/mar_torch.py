@@ -124,7 +124,7 @@ class Peer:
         sampler, mar = self.need("sampler"), self.mar
         request.check(mar)
         tokenizer = self.need("tokenizer") if request.decode else None
-        clock = Clock()
+        clock, cpu = Clock(), time.process_time()
         with sampler.context():
             started = time.perf_counter()
             sampler.prepare(request)
@@ -139,6 +139,7 @@ class Peer:
         return latents, pixels, {
             "seconds_total": setup + clock.sum("total") + vae, "setup": setup, **parts, "vae": vae,
             "iterations": len(clock.rows), "per_iteration": clock.rows,
+            "cpu_seconds": time.process_time() - cpu,
             "tokens_absmax": latents.abs().max().item(), "peak_rss_kib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
 
     def run(self, request):

@@ -180,7 +180,7 @@ func headCases() (cs []*Case) {
 			h.amplify, h.exactFirst, h.note = false, 3, "all exact"
 			add(h)
 		}
-		add(headCase{n: 4, c: 16, w: 1024, blocks: 2, steps: 2, d: d, guidance: true, exactFirst: 1, bench: true, note: "MAR-B width"})
+		add(headCase{n: 4, c: 16, w: 1024, blocks: 1, steps: 2, d: d, guidance: true, exactFirst: int(d), bench: true, note: "MAR-B width"})
 		for _, n := range []int{1, 4, 16, 64} {
 			add(headCase{n: n, c: 16, w: 1024, blocks: 6, steps: 10, d: d, guidance: true, exactFirst: 1, large: true, note: "MAR-B"})
 		}

@@ -3,6 +3,7 @@ package mar
 import (
 	"fmt"
 	"math"
+	"slices"
 	"strings"
 	"testing"
 
@@ -179,6 +180,11 @@ func TestTrunkGoldens(t *testing.T) {
 			}
 			for i := range m.Decoder {
 				blockGolden(t, c, f, m.Decoder[i], fmt.Sprintf("dec_block%d", i), lay.Decoder, limit)
+			}
+
+			masked := m.DecodeMasked(c, m.DecoderInput(c, enc, lay), lay, m.MaskQKV(c))
+			if !slices.Equal(c.Download(masked), c.Download(z)) {
+				t.Error("precomputed queries, keys and values change z")
 			}
 
 			// Asking for some positions only gives the same numbers, bit for bit.

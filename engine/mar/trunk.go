@@ -2,6 +2,7 @@ package mar
 
 import (
 	"margo/engine"
+	"margo/engine/nn"
 )
 
 // ClassRows makes the class table [n, De]: row i is the embedding of classes[i],
@@ -111,19 +112,43 @@ func (m *Model) DecoderInput(c *engine.Ctx, enc *engine.Tensor, l *Layout) *engi
 	return x
 }
 
+// MaskQKV computes queries, keys and values of the first decoder block for a mask
+// token at every position: [B+L, 3·Dd]. They depend on nothing but the model, so
+// a run computes them once.
+func (m *Model) MaskQKV(c *engine.Ctx) *engine.Tensor {
+	if c.Err() != nil {
+		return nil
+	}
+	n, d := m.Config.BufferSize+m.Config.Tokens(), m.Config.DecoderEmbedDim
+	x := c.New(engine.F32, n, d)
+	c.Rows(engine.RowsArgs{Y: x, A: m.MaskToken.T, IA: c.I32(make([]int32, n)), B: m.DecoderPos.T, Count: n})
+	return m.Decoder[0].QKV(c, x)
+}
+
 // Decode runs the decoder over x [S·(B+L), Dd], whose memory it uses, and returns
 // z of the wanted positions, sequence by sequence: [n, Dd] F32
 // (mar.py forward_mae_decoder). The last block, the norm and the head's positions
 // are computed for these rows only.
 func (m *Model) Decode(c *engine.Ctx, x *engine.Tensor, l *Layout) *engine.Tensor {
+	return m.DecodeMasked(c, x, l, nil)
+}
+
+// DecodeMasked is Decode with the result of MaskQKV, which spares the masked
+// tokens' share of the first block's largest layer and changes no bit.
+func (m *Model) DecodeMasked(c *engine.Ctx, x *engine.Tensor, l *Layout, maskQKV *engine.Tensor) *engine.Tensor {
 	if c.Err() != nil {
 		return nil
 	}
 	last := len(m.Decoder) - 1
 	z := c.New(engine.F32, l.nOut, m.Config.DecoderEmbedDim)
 	c.Scoped(func() {
+		var f *nn.Fixed
+		if maskQKV != nil {
+			f = &nn.Fixed{Table: maskQKV, To: l.decMaskTo, From: l.decMask, Others: l.decKnownTo}
+		}
 		for _, b := range m.Decoder[:last] {
-			x = b.Forward(c, x, l.Decoder)
+			x = b.ForwardFixed(c, x, l.Decoder, f)
+			f = nil // of the first block only
 		}
 		y := m.Decoder[last].ForwardRows(c, x, l.Decoder, l.outRow, l.Out)
 		y = m.DecoderOut.Forward(c, y, engine.F32)

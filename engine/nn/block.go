@@ -75,9 +75,14 @@ func (b *Block) QKV(c *engine.Ctx, x *engine.Tensor) *engine.Tensor {
 }
 
 // Forward runs the block over the sequences of x [M, D] F32 and returns the new
-// residual stream, which takes x's place. f, if not nil, spares work; it changes
-// no bit of the result.
-func (b *Block) Forward(c *engine.Ctx, x *engine.Tensor, s Spans, f *Fixed) *engine.Tensor {
+// residual stream, which takes x's place.
+func (b *Block) Forward(c *engine.Ctx, x *engine.Tensor, s Spans) *engine.Tensor {
+	return b.ForwardFixed(c, x, s, nil)
+}
+
+// ForwardFixed is Forward with less work for the rows that f names, if not nil;
+// it changes no bit of the result.
+func (b *Block) ForwardFixed(c *engine.Ctx, x *engine.Tensor, s Spans, f *Fixed) *engine.Tensor {
 	if c.Poll() {
 		return nil
 	}

@@ -105,7 +105,8 @@ func (b *buffer) Free() error {
 type packed struct {
 	dev   *Device
 	dtype engine.DType
-	v     []float64 // nil once freed
+	n     int
+	v     any // []float64 when Exact, []float32 when Rounded, nil once freed
 }
 
 // Pack copies the weight, rounded to the dtype in mode Rounded.
@@ -114,16 +115,20 @@ func (d *Device) Pack(a engine.PackArgs) (p engine.Packed, err error) {
 		return nil, err
 	}
 	defer d.catch("pack", &err)
-	q := &packed{dev: d, dtype: a.DType, v: load[float64](d, a.W)}
-	if d.mode == Rounded {
-		for i, v := range q.v {
-			q.v[i] = round(v, a.DType)
-		}
+	q := &packed{dev: d, dtype: a.DType, n: a.W.Elems()}
+	if d.mode == Exact {
+		q.v = load[float64](d, a.W)
+		return q, nil
 	}
+	v := load[float32](d, a.W)
+	if a.DType == engine.BF16 {
+		toBF16(v)
+	}
+	q.v = v
 	return q, nil
 }
 
-func (p *packed) Bytes() int { return len(p.v) * p.dtype.Size() }
+func (p *packed) Bytes() int { return p.n * p.dtype.Size() }
 
 func (p *packed) Free() error {
 	if p.v == nil {

@@ -49,8 +49,10 @@ func load[F number](d *Device, t *engine.Tensor) []F {
 	mem, first, row, col := slots(d, t)
 	n := t.Cols()
 	for r := 0; r < t.Rows(); r++ {
-		for c := 0; c < n; c++ {
-			out[r*n+c] = F(mem[first+r*row+c*col])
+		at := first + r*row
+		for c := range out[r*n : r*n+n] {
+			out[r*n+c] = F(mem[at])
+			at += col
 		}
 	}
 	return out
@@ -64,12 +66,16 @@ func store[F number](d *Device, t *engine.Tensor, r int, v []F) {
 	}
 	mem, first, row, col := slots(d, t)
 	n := t.Cols()
-	for i, x := range v {
-		y := float64(x)
-		if d.mode == Rounded {
-			y = round(y, t.DType)
+	for ; len(v) > 0; r, v = r+1, v[n:] {
+		at := first + r*row
+		for _, x := range v[:n] {
+			y := float64(x)
+			if d.mode == Rounded {
+				y = round(y, t.DType)
+			}
+			mem[at] = y
+			at += col
 		}
-		mem[first+(r+i/n)*row+i%n*col] = y
 	}
 }
 
@@ -91,8 +97,8 @@ func ints(d *Device, name string, t *engine.Tensor, min, max int) []int {
 	return out
 }
 
-// weights reads W, or what was packed in its place, as [N,K]; bf16 tells
-// whether operands that meet it are rounded to BF16.
+// weights gives W, or what was packed in its place, as [N,K], to be read only;
+// bf16 tells whether operands that meet it are rounded to BF16.
 func weights[F number](d *Device, w *engine.Tensor, p engine.Packed) (v []F, bf16 bool) {
 	if p == nil {
 		return load[F](d, w), w.DType == engine.BF16 && d.mode == Rounded
@@ -101,23 +107,19 @@ func weights[F number](d *Device, w *engine.Tensor, p engine.Packed) (v []F, bf1
 	if !ok || q.dev != d {
 		d.fault("weight is packed for another device")
 	}
-	if q.v == nil && w.Elems() > 0 {
+	if q.v == nil {
 		d.fault("packed weight is used after it was freed")
 	}
-	if len(q.v) != w.Elems() {
-		d.fault("packed weight has %d elements, W is %v", len(q.v), w)
+	if q.n != w.Elems() {
+		d.fault("packed weight has %d elements, W is %v", q.n, w)
 	}
-	v = make([]F, len(q.v))
-	for i, x := range q.v {
-		v[i] = F(x)
-	}
-	return v, q.dtype == engine.BF16 && d.mode == Rounded
+	return q.v.([]F), q.dtype == engine.BF16 && d.mode == Rounded
 }
 
 // toBF16 rounds every element.
 func toBF16[F number](v []F) {
 	for i, x := range v {
-		v[i] = F(round(float64(x), engine.BF16))
+		v[i] = F(engine.FromBF16(engine.ToBF16(float32(x))))
 	}
 }
 

@@ -108,11 +108,13 @@ func (s *stream[F]) Fill(dst *engine.Tensor, v float32) error {
 		if dst.DType == engine.I32 {
 			x = math.Trunc(x)
 		}
-		all := make([]float64, dst.Elems())
-		for i := range all {
-			all[i] = x
+		line := make([]float64, dst.Cols())
+		for i := range line {
+			line[i] = x
 		}
-		store(s.dev, dst, 0, all)
+		for r := 0; r < dst.Rows(); r++ {
+			store(s.dev, dst, r, line)
+		}
 	})
 }
 

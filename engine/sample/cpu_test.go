@@ -2,6 +2,7 @@ package sample
 
 import (
 	"fmt"
+	"slices"
 	"testing"
 
 	"margo/cpu"
@@ -29,5 +30,26 @@ func TestCPUInvariance(t *testing.T) {
 				same(t, fmt.Sprintf("%v, %d threads, batch %d", d, threads, batch), got, want)
 			}
 		}
+	}
+}
+
+// On the CPU device a replayed run ends where the authors' ends.
+func TestCPUReplay(t *testing.T) {
+	dev, err := cpu.New(cpu.Options{Threads: 2, Poison: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dev.Close()
+	m := loadTiny(t, "mar_tiny_trained", dev, engine.F32)
+	e := openEngine(t, m, dev, engine.F32)
+	tr := trace{t, openGolden(t, "mar_trained_sample_cfg3_linear_100steps")}
+	var got []float32
+	for _, im := range collect(t, e, tr.request()) {
+		got = append(got, im.Tokens...)
+	}
+	// Twice the recorded run's own distance from float64: see TestReplay.
+	compare(t, "final tokens", got, patchOne(tr.floats("final_tokens"), m.Config.TokenDim(), m.Config.Tokens()), 8.4e-5)
+	if slices.ContainsFunc(got, func(v float32) bool { return v > 4 || v < -4 }) {
+		t.Error("tokens of a trained model are of order 1")
 	}
 }

@@ -99,6 +99,15 @@ func (tr trace) number(name string) float64 {
 	return v
 }
 
+// request is the recorded run.
+func (tr trace) request() Request {
+	r := Defaults()
+	r.N, r.Batch, r.Labels, r.Draws = 2, 2, tr.ints("labels"), tr
+	r.Iters, r.HeadSteps = int(tr.number("num_iter")), int(tr.number("diffusion_steps"))
+	r.CFG, r.Temperature, r.CFGSchedule = tr.number("cfg"), tr.number("temperature"), tr.f.Metadata()["cfg_schedule"]
+	return r
+}
+
 func (tr trace) Order(image, n int) []int { return tr.ints("orders")[image*n : (image+1)*n] }
 
 // Noise: with guidance the trace has noise for both halves, of which the second
@@ -141,10 +150,7 @@ func TestReplay(t *testing.T) {
 			m := loadTiny(t, c.model, dev, engine.F32)
 			e := openEngine(t, m, dev, engine.F32)
 			tr := trace{t, openGolden(t, c.trace)}
-			r := Defaults()
-			r.N, r.Batch, r.Labels, r.Draws = 2, 2, tr.ints("labels"), tr
-			r.Iters, r.HeadSteps = int(tr.number("num_iter")), int(tr.number("diffusion_steps"))
-			r.CFG, r.Temperature, r.CFGSchedule = tr.number("cfg"), tr.number("temperature"), tr.f.Metadata()["cfg_schedule"]
+			r := tr.request()
 			seen := 0
 			r.AfterIterate = func(iter int, tokens []float32) {
 				if iter != seen {

@@ -47,6 +47,7 @@ type tables struct {
 	embedded *engine.Tensor // [N·L, De]: encoder rows of the known tokens
 	tokens   *engine.Tensor // [N·L, C]
 	time     *engine.Tensor // [T, W]
+	maskQKV  *engine.Tensor // [B+L, 3·Dd]
 	steps    []engine.StepCoef
 	exact    []bool
 }
@@ -85,6 +86,7 @@ func (w *run) tables(b *batch) *tables {
 		steps[i] = float32(s.Timestep)
 	}
 	t.time = m.Head.Time(c, c.F32(steps, len(steps)))
+	t.maskQKV = m.MaskQKV(c)
 	t.buffers = m.EmbedBuffer(c, m.ClassRows(c, b.classes))
 	if c.Err() != nil {
 		return t
@@ -134,7 +136,7 @@ func (w *run) iterate(it *iteration, t *tables) {
 		l := m.NewLayout(c, it.seqs)
 		enc := m.Encode(c, m.EncoderInput(c, t.buffers, t.embedded, l), l)
 		w.clock.lap(c, &w.clock.parts.Encoder)
-		z := m.Decode(c, m.DecoderInput(c, enc, l), l)
+		z := m.DecodeMasked(c, m.DecoderInput(c, enc, l), l, t.maskQKV)
 		w.clock.lap(c, &w.clock.parts.Decoder)
 		c.Rows(engine.RowsArgs{Y: cond, A: m.Head.Cond(c, z), IA: c.I32(it.cond), Count: len(it.cond)})
 	})

@@ -460,3 +460,35 @@ func TestInvalid(t *testing.T) {
 type badOrder struct{ stopper }
 
 func (badOrder) Order(_, n int) []int { return make([]int, n) }
+
+// keyed draws what the generator is documented to draw.
+type keyed struct{ seed uint64 }
+
+func (k keyed) Order(image, n int) []int { return engine.Permutation(k.seed, image, n) }
+func (k keyed) Noise(_ int, ids []TokenID, steps, ch int) (init, noise []float32, err error) {
+	at := func(p engine.Purpose, step int) (v []float32) {
+		for _, id := range ids {
+			for e := range ch {
+				v = append(v, float32(engine.NormalAt(engine.RNG{Seed: k.seed, Purpose: p, Step: step}, e, id.Token, id.Image)))
+			}
+		}
+		return v
+	}
+	for s := range steps {
+		noise = append(noise, at(engine.PurposeStepNoise, s)...)
+	}
+	return at(engine.PurposeInitNoise, 0), noise, nil
+}
+
+// The keys of all draws are fixed forever: seed, image, token, diffusion step.
+func TestDrawKeys(t *testing.T) {
+	dev := ref.New(ref.Exact)
+	e := openEngine(t, loadTiny(t, "mar_tiny_trained", dev, engine.F32), dev, engine.F32)
+	r := request(2)
+	r.FirstIndex, r.Seed = 1<<32-2, 1<<63+5
+	want := collect(t, e, r)
+	r.Draws = keyed{r.Seed}
+	for i, im := range collect(t, e, r) {
+		compare(t, fmt.Sprintf("image %d", im.Index), im.Tokens, want[i].Tokens, 1e-5)
+	}
+}
