@@ -132,8 +132,8 @@ struct mc_kernels {
 	void (*mul_f32)(int64_t m, int64_t k, const float *a, int64_t lda, const float *b, int64_t ldb,
 	                float *c, int64_t ldc, int add);
 	// The same for bf16: B holds pairs, (k+1)/2 rows of 32 uint32 at row stride
-	// ldb (in pairs); with odd k the second half of the last pair must be finite
-	// (packing pads with 0), and A is not read beyond k.
+	// ldb (in pairs); with odd k the second half of the last pair is ignored (NaN
+	// or not), and A is not read beyond k.
 	// Sums are f32, pair after pair. Rows of A need no alignment.
 	void (*mul_bf16)(int64_t m, int64_t k, const mc_bf16 *a, int64_t lda, const uint32_t *b, int64_t ldb,
 	                 float *c, int64_t ldc, int add);

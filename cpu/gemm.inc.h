@@ -89,7 +89,8 @@ V_INLINE void kern_bf16(const int mr, int64_t k, const mc_bf16 *a, int64_t lda, 
 	if (kk < k) {
 		UNROLL for (int i = 0; i < mr; i++) {
 			vi x = v_set1i(A_ROW(i)[kk]);
-			UNROLL for (int j = 0; j < KNV; j++) acc[i][j] = v_dot(acc[i][j], x, v_loadi(b + j * VL));
+			UNROLL for (int j = 0; j < KNV; j++)
+				acc[i][j] = v_dot(acc[i][j], x, v_and(v_loadi(b + j * VL), v_set1i(0xffff)));
 		}
 	}
 	KERN_END
@@ -271,6 +272,19 @@ static void epilogue(const struct mc_epilogue *e, int64_t r0, int64_t c0, int64_
 
 // ---- GEMM ----------------------------------------------------------------------
 
+// epi_fetch asks for what the epilogue of a tile will read, while the tile is
+// computed: gate and residual rows lie far apart, and no hardware prefetcher
+// finds them.
+V_INLINE void epi_fetch(const struct mc_epilogue *e, int64_t r0, int64_t c0, int64_t m) {
+	if (!e->gate && !e->res) return;
+	for (int64_t r = r0; r < r0 + m; r++) {
+		const float *gate = e->gate + (e->gate_rows > 1 ? r / e->gate_rows : r) * e->ldg + c0;
+		const float *res = e->res + r * e->ldr + c0;
+		if (e->gate) __builtin_prefetch(gate), __builtin_prefetch(gate + 16);
+		if (e->res) __builtin_prefetch(res), __builtin_prefetch(res + 16);
+	}
+}
+
 // gemm_part computes rows r0 … r0+m-1 of panels p0 … p1-1 of g, on one worker.
 // m is at most mc_gemm_group rows. scratch: mc_gemm_scratch(g) bytes.
 static void gemm_part(const struct mc_gemm *g, int64_t r0, int64_t m, int64_t p0, int64_t p1, void *scratch) {
@@ -304,6 +318,7 @@ static void gemm_part(const struct mc_gemm *g, int64_t r0, int64_t m, int64_t p0
 			int64_t lo = m * i / blocks, hi = m * (i + 1) / blocks;
 			const char *pf = blocks == 1 ? b + MC_GEMM_AHEAD : p + 1 < p1 ? b + panel + i * part : b;
 			int64_t pfs = blocks > 1 && p + 1 == p1 ? 0 : step;
+			epi_fetch(&g->epi, r0 + lo, c0 - g->n0, hi - lo);
 			for (int64_t j = 0; j < MC_NR; j += KN) {
 				if (g->w_dtype == MC_F32)
 					kern_f32_table[hi - lo](g->k, (const float *)x + lo * ldx, ldx, (const float *)b + j,

@@ -5,6 +5,7 @@ import (
 	"math"
 	"math/rand"
 	"testing"
+	"time"
 
 	"margo/engine"
 )
@@ -265,4 +266,43 @@ func TestRoundBF16(t *testing.T) {
 			}
 		}
 	})
+}
+
+// BenchmarkGemm gives GF/s and the share of the peak measured in the same run,
+// with one weight matrix (hot) and with a ring of them larger than the caches.
+func BenchmarkGemm(b *testing.B) {
+	for _, dt := range []engine.DType{f32, bf16} {
+		for _, s := range [][3]int{{1, 1024, 1024}, {4, 1024, 1024}, {8, 1024, 1024}, {14, 1024, 1024}, {32, 1024, 1024},
+			{56, 1024, 1024}, {400, 192, 576}, {320, 768, 2304}, {320, 768, 768}, {320, 768, 3072}, {320, 3072, 768},
+			{512, 1024, 4096}, {512, 4096, 1024}} {
+			for _, cold := range []bool{false, true} {
+				name := fmt.Sprintf("%v/%dx%dx%d/%s", dt, s[0], s[1], s[2], map[bool]string{false: "hot", true: "cold"}[cold])
+				b.Run(name, func(b *testing.B) { benchGemm(b, dt, s[0], s[1], s[2], cold) })
+			}
+		}
+	}
+}
+
+func benchGemm(b *testing.B, dt engine.DType, m, k, n int, cold bool) {
+	f := open(b, DefaultThreads())
+	w := f.put(f32, randn(rand.New(rand.NewSource(1)), n*k, 1), n, k)
+	ring := []engine.Packed{f.pack(w, dt)}
+	for size := ring[0].Bytes(); cold && size*len(ring) < 160<<20; {
+		ring = append(ring, f.pack(w, dt))
+	}
+	x, y := f.put(dt, randn(rand.New(rand.NewSource(2)), m*k, 1), m, k), f.tensor(f32, m, n, n)
+	flops := 2 * float64(m) * float64(k) * float64(n)
+	batch := max(len(ring), int(4e8/flops)+1)
+	best := 0.0
+	b.ResetTimer()
+	for range b.N {
+		start := time.Now()
+		for i := range batch {
+			f.ok(f.s.Gemm(engine.GemmArgs{X: x, W: w, Packed: ring[i%len(ring)], Y: y}))
+		}
+		best = max(best, flops*float64(batch)/time.Since(start).Seconds())
+	}
+	b.StopTimer()
+	b.ReportMetric(best/1e9, "GF/s")
+	b.ReportMetric(100*best/PeakFLOPS(dt, f.d.threads), "%peak")
 }

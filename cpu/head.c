@@ -23,7 +23,7 @@ int mc_head_run(struct mc_head *h, int nt) {
 	h->ldw = mc_gemm_ldcopy(width);
 	h->stop = 0;
 	h->shared = NULL;
-	h->by_rows = (weight_bytes(h->w) <= CACHED && h->n >= 4 * nt) || h->w->depth == 0;
+	h->by_rows = (weight_bytes(h->w) <= CACHED && h->n >= nt) || h->w->depth == 0;
 	if (h->by_rows) {
 		h->blocks = mc_min(h->n, nt * mc_ceil(h->rows, nt * BLOCK_ROWS));
 		int64_t m = mc_ceil(h->n, h->blocks) * per;

@@ -50,7 +50,7 @@ func (f *fixture) put(dt engine.DType, v []float32, rows, cols int) *engine.Tens
 func (f *fixture) set(t *engine.Tensor, v []float32) {
 	for r := 0; r < t.Rows(); r++ {
 		for c := 0; c < t.Cols(); c++ {
-			i := r*t.RowStride + c
+			i := t.Off/t.DType.Size() + r*t.RowStride + c
 			if x := v[r*t.Cols()+c]; t.DType == engine.BF16 {
 				elems[uint16](t)[i] = engine.ToBF16(x)
 			} else {
@@ -65,7 +65,7 @@ func (f *fixture) get(t *engine.Tensor) []float32 {
 	out := make([]float32, 0, t.Elems())
 	for r := 0; r < t.Rows(); r++ {
 		for c := 0; c < t.Cols(); c++ {
-			i := r*t.RowStride + c
+			i := t.Off/t.DType.Size() + r*t.RowStride + c
 			if t.DType == engine.BF16 {
 				out = append(out, engine.FromBF16(elems[uint16](t)[i]))
 			} else {

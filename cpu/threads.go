@@ -53,14 +53,14 @@ func quota(read func(string) ([]byte, error)) int {
 		}
 		for dir := path.Clean("/" + f[2]); ; dir = path.Dir(dir) {
 			if v2 {
-				if b, err := read("/sys/fs/cgroup" + dir + "/cpu.max"); err == nil {
+				if b, err := read(path.Join("/sys/fs/cgroup", dir, "cpu.max")); err == nil {
 					if w := strings.Fields(string(b)); len(w) == 2 {
 						lower(w[0], w[1])
 					}
 				}
 			} else {
-				q, err1 := read("/sys/fs/cgroup/cpu" + dir + "/cpu.cfs_quota_us")
-				p, err2 := read("/sys/fs/cgroup/cpu" + dir + "/cpu.cfs_period_us")
+				q, err1 := read(path.Join("/sys/fs/cgroup/cpu", dir, "cpu.cfs_quota_us"))
+				p, err2 := read(path.Join("/sys/fs/cgroup/cpu", dir, "cpu.cfs_period_us"))
 				if err1 == nil && err2 == nil {
 					lower(strings.TrimSpace(string(q)), strings.TrimSpace(string(p)))
 				}

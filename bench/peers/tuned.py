@@ -52,6 +52,14 @@ class Norm:
         return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
 
 
+def attention(q, k, v):
+    """softmax(q k^T / sqrt(d)) v for [N, H, L, d]. ATen's fused CPU kernel is the faster one in float32; in bf16 the two
+    products on oneDNN are, by a third at 320 tokens."""
+    if q.dtype == torch.float32:
+        return F.scaled_dot_product_attention(q, k, v)
+    return torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1), dim=-1) @ v
+
+
 class TunedBlock:
     """Transformer block. With rows, only those rows of every image leave it: [N, L, D] -> [N, rows, D]."""
 
@@ -82,7 +90,7 @@ class TunedBlock:
             (q,) = self.split(self.q(h.gather(1, index)), 1)
             k, v = self.split(self.kv(h), 2)
             x = x.gather(1, index)
-        a = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
+        a = attention(q, k, v).transpose(1, 2).reshape(x.shape)
         x = self.proj.add(a, x)
         return self.fc2.add(self.fc1(self.norm2(x), "gelu"), x)
 

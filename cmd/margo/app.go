@@ -82,8 +82,8 @@ func newApp(log *logrus.Logger) *cli.App {
 		Usage: tagline,
 		Description: "margo runs MAR models from the authors' checkpoints (.pth, .safetensors) on the CPU, " +
 			"exactly and fast. \"margo sample\" makes images, \"margo inspect\" shows what a file holds.",
-		Version:         version(),
-		HideHelpCommand: false,
+		Version:                   version(),
+		DisableSliceFlagSeparator: true, // values may contain commas
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "log-level", Value: "info", Usage: "`LEVEL`|least severe that is logged: debug, info, warn, error"},
 			&cli.StringFlag{Name: "log-format", Value: "text", Usage: "`FORMAT`|of log lines: text, or json for machines"},

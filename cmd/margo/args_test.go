@@ -141,3 +141,13 @@ func TestProgress(t *testing.T) {
 		t.Errorf("%d lines in 25 s: %q", n, l.String())
 	}
 }
+
+func TestPlaceholder(t *testing.T) {
+	for in, want := range map[string][2]string{
+		"plain": {"plain", ""}, "`N`|of them": {"of them", "N"}, "run `N`|of them": {"run N of them", "N"}, "the `FILE` to read": {"the FILE to read", "FILE"},
+	} {
+		if text, value := placeholder(in); text != want[0] || value != want[1] {
+			t.Errorf("%q: %q, %q", in, text, value)
+		}
+	}
+}

@@ -25,7 +25,7 @@ func benchCommand() *cli.Command {
 	return &cli.Command{
 		Name:      "bench",
 		Usage:     "measure images per second, alone or against PyTorch",
-		UsageText: "margo bench --model LIST [--batch LIST] [--dtype LIST] [--against pytorch] [flags]",
+		UsageText: "margo bench --model LIST [--batch LIST] [--dtype LIST] [flags]",
 		Description: `Every combination of --model, --dtype and --batch is sampled --reps times, all sides in turn on the same machine, and the medians are printed with time per part, FLOPs and the share of the machine's peak, which is measured just before. A model is a file, or a name with random weights: mar-base, mar-large, mar-huge, or kl-16, the tokenizer alone.
 
 Peak share counts the FLOPs of the authors' algorithm, so work that margo avoids counts as done; "own TFLOP" is what it really executes.

@@ -14,7 +14,7 @@ func devicesCommand() *cli.Command {
 		Name:      "devices",
 		Usage:     "list the devices that margo can compute on",
 		UsageText: "margo devices [flags]",
-		Description: `A device's name is what --device of the other commands takes. With --measure the peaks that benchmarks are compared with are measured, which takes a few seconds and wants an idle machine.
+		Description: `A device's name is what --device of the other commands takes. With --measure the peaks that benchmarks are compared with are measured, which takes a moment and wants an idle machine.
 
 Example:
   margo devices --measure`,

@@ -17,7 +17,7 @@ const (
 
 // Package cli prints help through these variables only.
 func init() {
-	print := func(w io.Writer, data any) {
+	show := func(w io.Writer, data any) {
 		switch d := data.(type) {
 		case *cli.App:
 			appHelp(w, d)
@@ -25,8 +25,8 @@ func init() {
 			commandHelp(w, d)
 		}
 	}
-	cli.HelpPrinter = func(w io.Writer, _ string, data any) { print(w, data) }
-	cli.HelpPrinterCustom = func(w io.Writer, _ string, data any, _ map[string]any) { print(w, data) }
+	cli.HelpPrinter = func(w io.Writer, _ string, data any) { show(w, data) }
+	cli.HelpPrinterCustom = func(w io.Writer, _ string, data any, _ map[string]any) { show(w, data) }
 	cli.VersionPrinter = func(c *cli.Context) { fmt.Fprintf(c.App.Writer, "margo %s\n", c.App.Version) }
 	cli.HelpFlag = &cli.BoolFlag{Name: "help", Aliases: []string{"h"}, Usage: "show this text", DisableDefaultText: true}
 	cli.VersionFlag = &cli.BoolFlag{Name: "version", Aliases: []string{"v"}, Usage: "print the version", DisableDefaultText: true}
@@ -86,6 +86,7 @@ func commandHelp(w io.Writer, cmd *cli.Command) {
 		fmt.Fprintf(w, "\n%s:\n", name)
 		flagHelp(w, groups[name])
 	}
+	fmt.Fprintf(w, "\nFlags of every command: --log-level, --log-format (margo --help), --help.\n")
 	if examples != "" {
 		fmt.Fprintf(w, "\nExample%s\n", strings.TrimRight(examples, "\n"))
 	}
@@ -116,16 +117,20 @@ func flagHelp(w io.Writer, flags []cli.Flag) {
 	}
 }
 
-// placeholder takes the `NAME` of a flag's value out of its usage text: where
-// the text begins with "`NAME`|", it is not part of the sentence.
+// placeholder takes the `NAME` of a flag's value out of its usage text. A bar
+// after it ends the name; where the text begins with "`NAME`|", the name is not
+// part of the sentence.
 func placeholder(usage string) (text, value string) {
 	before, rest, ok := strings.Cut(usage, "`")
 	if !ok {
 		return usage, ""
 	}
 	value, after, _ := strings.Cut(rest, "`")
-	if sentence, ok := strings.CutPrefix(after, "|"); ok && before == "" {
-		return sentence, value
+	if sentence, ok := strings.CutPrefix(after, "|"); ok {
+		if before == "" {
+			return sentence, value
+		}
+		after = " " + sentence
 	}
 	return before + value + after, value
 }

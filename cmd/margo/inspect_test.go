@@ -102,7 +102,7 @@ func TestInspectFile(t *testing.T) {
 
 func TestConvert(t *testing.T) {
 	out := filepath.Join(t.TempDir(), "o.safetensors")
-	if text := ok(t, "convert", tinyPTH, out, "--heads", "4", "--dtype", "bf16", "--tokenizer", "some/kl.ckpt", "--set", "cfg=2.5",
+	if text := ok(t, "convert", tinyPTH, out, "--heads", "4", "--patch-size", "1", "--dtype", "bf16", "--tokenizer", "some/kl.ckpt", "--set", "cfg=2.5",
 		"--set", `class_names=["a","b","c","d","e","f","g","h","i","j"]`, "--latent-scale", "0.5"); !strings.Contains(text, "288,544 parameters of model_ema") {
 		t.Error(text)
 	}

@@ -25,12 +25,16 @@ func checkWritable(path string) error {
 	}
 	f, err := imageio.Create(path)
 	if err != nil {
-		var e error = err
-		if errors.Is(err, fs.ErrNotExist) {
-			return failf("cannot write %s: there is no folder %s", path, filepath.Dir(path))
+		if dir := filepath.Dir(path); !exists(dir) {
+			return failf("cannot write %s: there is no folder %s", path, dir)
 		}
-		return failf("cannot %w", e)
+		return failf("cannot %w", err)
 	}
 	f.Abort()
 	return nil
+}
+
+func exists(path string) bool {
+	_, err := os.Stat(path)
+	return err == nil
 }

@@ -237,8 +237,13 @@ func runSample(c *cli.Context) error {
 		return printJSON(c.App.Writer, r)
 	case !c.Bool("quiet"):
 		fmt.Fprintf(c.App.Writer, "%s: %s in %.3g s (%s)\n", c.String("out"), images(j.n), took.Seconds(), rate(float64(j.n)/took.Seconds(), "images"))
-		if names := j.classNames(); len(names) > 1 && out.columns(j) == len(names) {
-			fmt.Fprintf(c.App.Writer, "columns: %s\n", oneLine(strings.Join(names, ", ")))
+		names := j.classNames()
+		if cols := out.columns(j); len(names) > 1 && cols > 0 && cols%len(names) == 0 {
+			again := ""
+			if cols > len(names) {
+				again = ", and again"
+			}
+			fmt.Fprintf(c.App.Writer, "columns: %s%s\n", oneLine(strings.Join(names, ", ")), again)
 		}
 	}
 	return nil

@@ -15,6 +15,8 @@ import (
 	"testing"
 	"time"
 
+	"margo/engine"
+	"margo/engine/checkpoint"
 	"margo/engine/imageio"
 )
 
@@ -276,9 +278,47 @@ func TestInterrupt(t *testing.T) {
 	}
 }
 
+// smallDevice is a device with little memory.
+type smallDevice struct {
+	engine.Device
+	free int64
+}
+
+func (d smallDevice) Name() string { return "small" }
+
+func (d smallDevice) Info() engine.Info { return engine.Info{Name: "small", MemFree: d.free} }
+
 func TestNotEnoughMemory(t *testing.T) {
-	code, _, msg := margo(quick("--device", "ref", "-n", "12000", "--batch", "12000", "-o", filepath.Join(t.TempDir(), "x"))...)
-	if code != exitFailed || !strings.Contains(msg, "not enough memory") || !strings.Contains(msg, "GiB") {
-		t.Errorf("exit %d: %s", code, msg)
+	f, info, err := openMAR(fashion, checkpoint.MAROptions{}, checkpoint.OpenOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	var log buffer
+	tok, err := openTokenizer("", fashion, info, newLogger(&log))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tok.close()
+	newJob := func(batch int) *job {
+		return &job{settings: info.Sampling, labels: []int{0}, n: 64, batch: batch, info: info, tokenizer: tok}
+	}
+	one, err := newJob(1).memory(false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if weights := int64(4 * (2379744 + 594387)); one < weights || one > 4*weights {
+		t.Errorf("%d bytes for a batch of 1 with %d bytes of weights", one, weights)
+	}
+	// A batch that was asked for is refused, another one shrinks, down to 1.
+	j, dev := newJob(64), smallDevice{free: one + one/2}
+	if err := j.checkMemory(true, dev, false, newLogger(&log)); exitCode(err) != exitFailed || !strings.Contains(err.Error(), "not enough memory") || !strings.Contains(err.Error(), "MiB") {
+		t.Errorf("64 images: %v", err)
+	}
+	if err := j.checkMemory(false, dev, false, newLogger(&log)); err != nil || j.batch < 1 || j.batch >= 64 || !strings.Contains(log.String(), "for want of memory") {
+		t.Errorf("batch %d: %v: %s", j.batch, err, log.String())
+	}
+	if err := newJob(64).checkMemory(false, smallDevice{free: one - 1}, false, newLogger(&log)); err == nil {
+		t.Error("less memory than one image takes was enough")
 	}
 }

@@ -48,7 +48,7 @@ func Bench(dev engine.Device, match *regexp.Regexp, each time.Duration) (ts []Ti
 
 func (c *Case) time(dev engine.Device, each time.Duration) (t Timing, err error) {
 	defer caught(func(e error) { err = e })
-	e := &env{dev: dev, s: must(dev.NewStream()), name: c.Name}
+	e := newEnv(dev, c, 0)
 	defer e.close()
 	w := c.build(e)
 	t = Timing{Case: c.Name, Op: c.Op, DType: c.DType, Cost: w.cost, Seconds: math.Inf(1)}

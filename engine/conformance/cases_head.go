@@ -63,7 +63,7 @@ func (h headCase) build(e *env) work {
 		x = x.with(map[int]float32{h.c + 1: nan})
 	}
 	a.X = e.inout("X", engine.F32, x, h.n, h.c)
-	if h.d != engine.F32 {
+	if h.exactFirst > 0 && h.d != engine.F32 {
 		e.gap = 0
 		a.Exact = h.weights(e, "Exact.", engine.F32)
 		e.gap = h.gap
@@ -180,7 +180,7 @@ func headCases() (cs []*Case) {
 			h.amplify, h.exactFirst, h.note = false, 3, "all exact"
 			add(h)
 		}
-		add(headCase{n: 4, c: 16, w: 1024, blocks: 1, steps: 2, d: d, guidance: true, exactFirst: int(d), bench: true, note: "MAR-B width"})
+		add(headCase{n: 4, c: 16, w: 1024, blocks: 1, steps: 2, d: d, guidance: true, bench: true, note: "MAR-B width"})
 		for _, n := range []int{1, 4, 16, 64} {
 			add(headCase{n: n, c: 16, w: 1024, blocks: 6, steps: 10, d: d, guidance: true, exactFirst: 1, large: true, note: "MAR-B"})
 		}

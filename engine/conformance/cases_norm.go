@@ -134,6 +134,8 @@ func groupNormCases() (cs []*Case) {
 		add(groupNorm{n: 0, h: 4, w: 4, c: 32, groups: 32, x: x, y: engine.F32, note: "no image"})
 		add(groupNorm{n: 1, h: 3, w: 2, c: 7, groups: 1, x: x, y: engine.F32, act: engine.GELUErf})
 		add(groupNorm{n: 2, h: 11, w: 13, c: 24, groups: 3, x: x, y: engine.F32, data: bell(1).plus(300), note: "large mean"})
+		add(groupNorm{n: 1, h: 5, w: 6, c: 12, groups: 3, x: x, y: engine.F32, data: bell(1e-4), note: "small variance"})
+		add(groupNorm{n: 1, h: 2, w: 3, c: 8, groups: 2, x: x, y: engine.F32, data: constant(2.5), note: "no variance"})
 		add(groupNorm{n: 2, h: 3, w: 5, c: 16, groups: 4, x: x, y: engine.F32, data: bell(1).with(map[int]float32{5: nan, 300: inf}), note: "nan"})
 		add(groupNorm{n: 1, h: 64, w: 64, c: 128, groups: 32, x: x, y: engine.BF16, act: engine.SiLU, bench: true, note: "tokenizer"})
 		add(groupNorm{n: 1, h: 256, w: 256, c: 128, groups: 32, x: x, y: engine.BF16, act: engine.SiLU, large: true, note: "tokenizer"})

@@ -22,6 +22,7 @@ const (
 	Determinism Mode = "determinism"
 	Batch       Mode = "batch"
 	System      Mode = "system"
+	Failed      Mode = "failed" // an op that should work gave an error
 )
 
 // Case is one line of the table.
@@ -195,9 +196,9 @@ func (c *Case) Check(dev engine.Device) (results []Result) {
 		r.Status = Skip
 		return results
 	}
-	defer caught(func(err error) { add(Oracle, err) })
+	defer caught(func(err error) { add(Failed, err) })
 	want := c.oracle()
-	e := &env{dev: dev, s: must(dev.NewStream()), name: c.Name}
+	e := newEnv(dev, c, 0)
 	defer e.close()
 	w := c.build(e)
 	first := e.run(w.run)

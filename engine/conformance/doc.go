@@ -12,6 +12,7 @@
 //	determinism  the same call gives the same bits again
 //	batch        rows, sequences or tokens computed in several calls give the
 //	             same bits as in one
+//	failed       no case gives an error (this mode is never passed, only failed)
 //	system       memory, copies, streams, events, graphs and refusals
 //
 // An op may be wrong by twice the error that rounding causes in the oracle

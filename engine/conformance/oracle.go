@@ -60,7 +60,8 @@ type output struct {
 // compute runs the case on an oracle; elems is the size of its smallest output.
 func (c *Case) compute(mode ref.Mode, rep int) (out map[string]output, elems int) {
 	dev := ref.New(mode)
-	e := &env{dev: dev, s: must(dev.NewStream()), name: c.Name, rep: rep, exact: mode == ref.Exact}
+	e := newEnv(dev, c, rep)
+	e.exact = mode == ref.Exact
 	defer e.close()
 	w := c.build(e)
 	e.upload()

@@ -267,7 +267,7 @@ func checkCancel(dev engine.Device, s engine.Stream) error {
 		return engine.Errorf(string(engine.OpHeadSteps), engine.Unsupported, "%s has no head_steps", dev.Name())
 	}
 	stop := uint32(1)
-	e := &env{dev: dev, s: s, name: "cancel"}
+	e := &env{dev: dev, s: s, name: "cancel", guard: 64}
 	defer func() {
 		for _, f := range e.free {
 			check(f())

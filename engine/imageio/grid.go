@@ -1,17 +1,18 @@
 package imageio
 
 // GridColumns chooses the columns of a grid of n images whose classes repeat
-// with the given period (image i has class i mod period): one column per class
-// where that makes a sensible sheet, else about as many columns as rows.
+// with the given period (image i has class i mod period): about as many columns
+// as rows, but a multiple of the period, so that a column holds one class, if
+// that makes a sensible sheet.
 func GridColumns(n, period int) int {
-	if period > 1 && period <= 32 {
-		return min(n, period)
-	}
 	c := 1
 	for c*c < n {
 		c++
 	}
-	return c
+	if period < 1 || period > 32 {
+		return c
+	}
+	return min(n, max(period, c/period*period))
 }
 
 // GridScale is the whole factor by which a grid magnifies images that are too

@@ -262,7 +262,7 @@ func TestGridLayout(t *testing.T) {
 	if strings.Join(got, "\n") != strings.Join(want, "\n") {
 		t.Errorf("grid:\n%s\nwant:\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
 	}
-	for _, c := range [][3]int{{40, 10, 10}, {5, 10, 5}, {8, 1, 3}, {9, 1, 3}, {1, 1, 1}, {1000, 1000, 32}} {
+	for _, c := range [][3]int{{40, 10, 10}, {16, 2, 4}, {15, 2, 4}, {12, 3, 3}, {18, 3, 3}, {200, 10, 10}, {400, 10, 20}, {5, 10, 5}, {8, 1, 3}, {9, 1, 3}, {1, 1, 1}, {1000, 1000, 32}} {
 		if got := GridColumns(c[0], c[1]); got != c[2] {
 			t.Errorf("GridColumns(%d, %d) = %d, want %d", c[0], c[1], got, c[2])
 		}

@@ -20,69 +20,53 @@ import (
 //	x = reverse step of out                        DiffusionStep
 func (s *stream[F]) HeadSteps(a engine.HeadStepsArgs) error {
 	return s.do(engine.OpHeadSteps, a.Check(), func() {
-		h := newHead(&stream[F]{dev: s.dev}, a)
-		defer h.c.Close()
+		h := &head{a: a, s: &stream[F]{dev: s.dev}, n: a.X.Rows(), r: a.Cond.Rows(), w: a.Cond.Cols()}
 		for i := range a.Steps {
 			if a.Cancel != nil && atomic.LoadUint32(a.Cancel) != 0 {
 				panic(s.dev.errorf("", engine.Cancelled, "after %d of %d steps", i, len(a.Steps)))
 			}
 			h.step(i)
-			if err := h.c.Err(); err != nil {
-				panic(s.dev.errorf("", engine.Internal, "step %d: %w", i, err))
+			h.release()
+			if h.err != nil {
+				panic(s.dev.errorf("", engine.Internal, "step %d: %w", i, h.err))
 			}
 		}
 	})
 }
 
-// head is the state of a HeadSteps call.
+// head is the state of a HeadSteps call. The first error sticks.
 type head struct {
 	a       engine.HeadStepsArgs
-	c       *engine.Ctx
-	n, r, w int // tokens, rows, width
-	same    *engine.Tensor
+	s       engine.Stream // runs at once
+	n, r, w int           // tokens, rows, width
+	temp    []engine.Buffer
+	err     error
 }
 
-func newHead(s engine.Stream, a engine.HeadStepsArgs) *head {
-	h := &head{a: a, n: a.X.Rows(), r: a.Cond.Rows(), w: a.Cond.Cols()}
-	h.c = &engine.Ctx{Stream: s, Arena: engine.NewArena(s.Device())}
-	token := make([]int32, h.r) // row r belongs to token r, or r-n
-	for i := range token {
-		token[i] = int32(i % h.n)
-	}
-	h.same = h.c.I32(token)
-	return h
-}
-
-// step runs step i. Errors stick to h.c.
+// step runs step i.
 func (h *head) step(i int) {
-	c, a := h.c, &h.a
-	mark := c.Arena.Mark()
-	defer c.Arena.Release(mark)
-	wt := a.Weights
+	a, wt := &h.a, h.a.Weights
 	if a.ExactStep != nil && a.ExactStep[i] {
 		wt = a.Exact
 	}
 	compute := wt.Ada.W.DType
-	W := h.w
 
-	y := c.New(engine.F32, h.r, W)
-	step := make([]int32, h.r)
-	for r := range step {
-		step[r] = int32(i)
-	}
-	c.Rows(engine.RowsArgs{Y: y, A: a.Cond, B: a.Time, IB: c.I32(step), Count: h.r, Act: engine.SiLU})
+	y := h.new(engine.F32, h.r, h.w)
+	ib := h.index(func(int) int { return i })
+	h.do(h.s.Rows(engine.RowsArgs{Y: y, A: a.Cond, B: a.Time, IB: ib, Count: h.r, Act: engine.SiLU}))
 	mod := h.linear(y, wt.Ada, engine.F32, engine.Identity)
-	part := func(k int) *engine.Tensor { return mod.Slice(k*W, (k+1)*W) }
+	part := func(k int) *engine.Tensor { return mod.Slice(k*h.w, (k+1)*h.w) }
 
 	in := h.linear(a.X, wt.Input, engine.F32, engine.Identity)
-	x := c.New(engine.F32, h.r, W)
-	c.Rows(engine.RowsArgs{Y: x, A: in, IA: h.same, Count: h.r})
+	x := h.new(engine.F32, h.r, h.w)
+	token := h.index(func(r int) int { return r % h.n }) // row n+r is the other half of row r
+	h.do(h.s.Rows(engine.RowsArgs{Y: x, A: in, IA: token, Count: h.r}))
 
 	for k, b := range wt.Blocks {
 		u := h.norm(x, compute, b.NormWeight, b.NormBias, part(3*k), part(3*k+1), wt.Eps)
 		u = h.linear(u, b.Fc1, compute, engine.SiLU)
-		c.Gemm(engine.GemmArgs{X: u, W: b.Fc2.W, Packed: b.Fc2.Packed, Bias: b.Fc2.Bias,
-			Gate: part(3*k + 2), GateRows: 1, Residual: x, Y: x})
+		h.do(h.s.Gemm(engine.GemmArgs{X: u, W: b.Fc2.W, Packed: b.Fc2.Packed, Bias: b.Fc2.Bias,
+			Gate: part(3*k + 2), GateRows: 1, Residual: x, Y: x}))
 	}
 	last := 3 * len(wt.Blocks)
 	u := h.norm(x, engine.F32, nil, nil, part(last), part(last+1), wt.Eps)
@@ -94,20 +78,52 @@ func (h *head) step(i int) {
 	if a.Noise != nil {
 		d.Noise = a.Noise.RowsAt(i*h.n, (i+1)*h.n)
 	}
-	c.DiffusionStep(d)
+	h.do(h.s.DiffusionStep(d))
 	if a.Trace != nil {
-		c.Rows(engine.RowsArgs{Y: a.Trace.RowsAt(i*h.n, (i+1)*h.n), A: a.X, Count: h.n})
+		h.do(h.s.Copy(a.Trace.RowsAt(i*h.n, (i+1)*h.n), a.X))
 	}
 }
 
 func (h *head) linear(x *engine.Tensor, m engine.Matrix, d engine.DType, act engine.Activation) *engine.Tensor {
-	y := h.c.New(d, x.Rows(), m.W.Rows())
-	h.c.Gemm(engine.GemmArgs{X: x, W: m.W, Packed: m.Packed, Bias: m.Bias, Act: act, Y: y})
+	y := h.new(d, x.Rows(), m.W.Rows())
+	h.do(h.s.Gemm(engine.GemmArgs{X: x, W: m.W, Packed: m.Packed, Bias: m.Bias, Act: act, Y: y}))
 	return y
 }
 
 func (h *head) norm(x *engine.Tensor, d engine.DType, w, b, shift, scale *engine.Tensor, eps float32) *engine.Tensor {
-	y := h.c.New(d, h.r, h.w)
-	h.c.Norm(engine.NormArgs{X: x, Y: y, Weight: w, Bias: b, Shift: shift, Scale: scale, ModRows: 1, Eps: eps})
+	y := h.new(d, h.r, h.w)
+	h.do(h.s.Norm(engine.NormArgs{X: x, Y: y, Weight: w, Bias: b, Shift: shift, Scale: scale, ModRows: 1, Eps: eps}))
 	return y
+}
+
+// index is an index tensor with f(r) for every row.
+func (h *head) index(f func(int) int) *engine.Tensor {
+	t := h.new(engine.I32, h.r)
+	for r := 0; r < h.r; r++ {
+		h.do(h.s.Fill(t.Slice(r, r+1), float32(f(r))))
+	}
+	return t
+}
+
+func (h *head) do(err error) {
+	if h.err == nil {
+		h.err = err
+	}
+}
+
+// new is a tensor until release.
+func (h *head) new(d engine.DType, shape ...int) *engine.Tensor {
+	t := engine.NewTensor(nil, 0, d, shape...)
+	b, err := h.s.Device().Alloc(t.Bytes())
+	h.do(err)
+	t.Buf = b
+	h.temp = append(h.temp, b)
+	return t
+}
+
+func (h *head) release() {
+	for _, b := range h.temp {
+		h.do(b.Free())
+	}
+	h.temp = nil
 }
