@@ -14,22 +14,28 @@ func TestConformance(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if ISA() == ISAs()[0] && !testing.Short() {
-			conformance.Run(t, d)
-		} else {
-			for _, c := range conformance.Cases() {
-				if c.Large || c.Bench {
-					continue
-				}
-				for _, r := range c.Check(d) {
-					if r.Status != conformance.Pass {
-						t.Error(r)
-					}
-				}
-			}
-		}
+		conformance.Run(t, d, conformance.Options{Quick: testing.Short() || ISA() != ISAs()[0]})
 		if d.Used() != 0 {
 			t.Errorf("%d bytes are still in use", d.Used())
+		}
+	})
+}
+
+// TestThreads demands the same bits whatever the number of threads.
+func TestThreads(t *testing.T) {
+	eachISA(t, func(t *testing.T) {
+		one, err := New(Options{Threads: 1})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, threads := range []int{2, 3} {
+			d, err := New(Options{Threads: threads})
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, r := range conformance.Same(one, d, conformance.Options{Quick: testing.Short()}).With(conformance.Fail) {
+				t.Errorf("%d threads: %v", threads, r)
+			}
 		}
 	})
 }

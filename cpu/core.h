@@ -54,6 +54,12 @@ typedef void (*mc_fn)(struct mc_worker *w, void *ctx);
 // else in turn. Must not be called inside a region.
 int mc_parallel(int nt, size_t scratch, mc_fn fn, void *ctx);
 
+// mc_parallel_take is mc_parallel for an fn that gets all its work from mc_take
+// and has no barriers: workers that have not begun when the caller finds
+// nothing left to do are not waited for. On a machine that is busy with other
+// programs that saves their time slices.
+int mc_parallel_take(int nt, size_t scratch, mc_fn fn, void *ctx);
+
 // mc_barrier waits until all workers of the region have called it.
 void mc_barrier(struct mc_worker *w);
 

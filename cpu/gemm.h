@@ -6,7 +6,7 @@
 #include "core.h"
 
 #define MC_GEMM_TILE ((14 * MC_NR + 16) * 4) // bytes: tile of the largest micro-kernel, one vector of slack
-#define MC_GEMM_AHEAD 2048                   // bytes that a streamed panel is fetched ahead
+#define MC_GEMM_AHEAD 8192                   // bytes that a streamed panel is fetched ahead
 #define MC_GEMM_L2 (384 << 10)               // bytes of L2 that a group of rows of A may take
 
 // mc_gemm_copies tells whether rows of A are first copied: to get the dtype of W,

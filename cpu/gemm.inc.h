@@ -29,9 +29,9 @@
 #define A_ROW(i) (ar[(i) / 3] + (i) % 3 * lda)
 
 typedef void (*kern_f32_fn)(int64_t k, const float *a, int64_t lda, const float *b, int64_t ldb, float *c,
-                            int64_t ldc, int add, const char *pf, int64_t pfs);
+                            int64_t ldc, int add, const float *bias, const char *pf, int64_t pfs);
 typedef void (*kern_bf16_fn)(int64_t k, const mc_bf16 *a, int64_t lda, const uint32_t *b, int64_t ldb, float *c,
-                             int64_t ldc, int add, const char *pf, int64_t pfs);
+                             int64_t ldc, int add, const float *bias, const char *pf, int64_t pfs);
 
 #define KERN_BEGIN(atype)                                                                         \
 	vf acc[KMR][KNV];                                                                         \
@@ -45,6 +45,12 @@ typedef void (*kern_bf16_fn)(int64_t k, const mc_bf16 *a, int64_t lda, const uin
 	}
 
 #define KERN_END                                                                                  \
+	if (bias) {                                                                               \
+		UNROLL for (int j = 0; j < KNV; j++) {                                            \
+			vf bj = v_load(bias + j * VL);                                            \
+			UNROLL for (int i = 0; i < mr; i++) acc[i][j] = acc[i][j] + bj;           \
+		}                                                                                 \
+	}                                                                                         \
 	UNROLL for (int i = 0; i < mr; i++) {                                                     \
 		UNROLL for (int j = 0; j < KNV; j++) v_store(c + i * ldc + j * VL, acc[i][j]);    \
 	}
@@ -57,7 +63,7 @@ typedef void (*kern_bf16_fn)(int64_t k, const mc_bf16 *a, int64_t lda, const uin
 	pf += pfs;
 
 V_INLINE void kern_f32(const int mr, int64_t k, const float *a, int64_t lda, const float *b, int64_t ldb, float *c,
-                       int64_t ldc, int add, const char *pf, int64_t pfs) {
+                       int64_t ldc, int add, const float *bias, const char *pf, int64_t pfs) {
 	KERN_BEGIN(float)
 	for (int64_t kk = 0; kk < k; kk++) {
 		vf bv[KNV];
@@ -73,7 +79,7 @@ V_INLINE void kern_f32(const int mr, int64_t k, const float *a, int64_t lda, con
 }
 
 V_INLINE void kern_bf16(const int mr, int64_t k, const mc_bf16 *a, int64_t lda, const uint32_t *b, int64_t ldb,
-                        float *c, int64_t ldc, int add, const char *pf, int64_t pfs) {
+                        float *c, int64_t ldc, int add, const float *bias, const char *pf, int64_t pfs) {
 	KERN_BEGIN(mc_bf16)
 	int64_t kk = 0;
 	for (; kk + 1 < k; kk += 2) {
@@ -98,12 +104,12 @@ V_INLINE void kern_bf16(const int mr, int64_t k, const mc_bf16 *a, int64_t lda, 
 
 #define KERN_OF(mr)                                                                               \
 	static void kern_f32_##mr(int64_t k, const float *a, int64_t lda, const float *b, int64_t ldb, float *c, \
-	                          int64_t ldc, int add, const char *pf, int64_t pfs) {            \
-		kern_f32(mr, k, a, lda, b, ldb, c, ldc, add, pf, pfs);                            \
+	                          int64_t ldc, int add, const float *bias, const char *pf, int64_t pfs) {            \
+		kern_f32(mr, k, a, lda, b, ldb, c, ldc, add, bias, pf, pfs);                            \
 	}                                                                                         \
 	static void kern_bf16_##mr(int64_t k, const mc_bf16 *a, int64_t lda, const uint32_t *b, int64_t ldb, float *c, \
-	                           int64_t ldc, int add, const char *pf, int64_t pfs) {           \
-		kern_bf16(mr, k, a, lda, b, ldb, c, ldc, add, pf, pfs);                           \
+	                           int64_t ldc, int add, const float *bias, const char *pf, int64_t pfs) {           \
+		kern_bf16(mr, k, a, lda, b, ldb, c, ldc, add, bias, pf, pfs);                           \
 	}
 
 KERN_OF(1) KERN_OF(2) KERN_OF(3) KERN_OF(4)
@@ -137,7 +143,7 @@ static void mul_f32(int64_t m, int64_t k, const float *a, int64_t lda, const flo
 		int64_t lo = m * i / blocks, hi = m * (i + 1) / blocks;
 		for (int64_t j = 0; j < MC_NR; j += KN)
 			kern_f32_table[hi - lo](k, a + lo * lda, lda, b + j, ldb, c + lo * ldc + j, ldc, add,
-			                        (const char *)b, 0);
+			                        NULL, (const char *)b, 0);
 	}
 }
 
@@ -148,7 +154,7 @@ static void mul_bf16(int64_t m, int64_t k, const mc_bf16 *a, int64_t lda, const 
 		int64_t lo = m * i / blocks, hi = m * (i + 1) / blocks;
 		for (int64_t j = 0; j < MC_NR; j += KN)
 			kern_bf16_table[hi - lo](k, a + lo * lda, lda, b + j, ldb, c + lo * ldc + j, ldc, add,
-			                         (const char *)b, 0);
+			                         NULL, (const char *)b, 0);
 	}
 }
 
@@ -311,23 +317,29 @@ static void gemm_part(const struct mc_gemm *g, int64_t r0, int64_t m, int64_t p0
 	// ahead. With more, it streams while the first block passes and comes from
 	// L2 for the others; so each block fetches its part of the next panel.
 	int64_t part = panel / blocks / MC_LINE * MC_LINE, step = 2 * MC_LINE / blocks;
+	int plain = g->epi.y_dtype == MC_F32 && g->epi.act == MC_NONE && !g->epi.gate && !g->epi.res;
 	for (int64_t p = p0; p < p1; p++) {
 		const char *b = (const char *)g->w + p * panel;
 		int64_t c0 = mc_max(p * MC_NR, g->n0), c1 = mc_min((p + 1) * MC_NR, g->n0 + g->n);
+		// A whole panel that needs no more than its bias goes straight to Y.
+		int direct = plain && c1 - c0 == MC_NR;
 		for (int64_t i = 0; i < blocks; i++) {
 			int64_t lo = m * i / blocks, hi = m * (i + 1) / blocks;
 			const char *pf = blocks == 1 ? b + MC_GEMM_AHEAD : p + 1 < p1 ? b + panel + i * part : b;
 			int64_t pfs = blocks > 1 && p + 1 == p1 ? 0 : step;
 			epi_fetch(&g->epi, r0 + lo, c0 - g->n0, hi - lo);
+			float *c = direct ? (float *)g->epi.y + (r0 + lo) * g->epi.ldy + c0 - g->n0 : tile;
+			int64_t ldc = direct ? g->epi.ldy : MC_NR;
+			const float *bias = direct ? AT(g->epi.bias, c0 - g->n0) : NULL;
 			for (int64_t j = 0; j < MC_NR; j += KN) {
 				if (g->w_dtype == MC_F32)
 					kern_f32_table[hi - lo](g->k, (const float *)x + lo * ldx, ldx, (const float *)b + j,
-					                        MC_NR, tile + j, MC_NR, 0, pf, pfs);
+					                        MC_NR, c + j, ldc, 0, AT(bias, j), pf, pfs);
 				else
 					kern_bf16_table[hi - lo](g->k, (const mc_bf16 *)x + lo * ldx, ldx,
-					                         (const uint32_t *)b + j, MC_NR, tile + j, MC_NR, 0, pf, pfs);
+					                         (const uint32_t *)b + j, MC_NR, c + j, ldc, 0, AT(bias, j), pf, pfs);
 			}
-			epilogue(&g->epi, r0 + lo, c0 - g->n0, hi - lo, c1 - c0, tile + c0 - p * MC_NR, MC_NR);
+			if (!direct) epilogue(&g->epi, r0 + lo, c0 - g->n0, hi - lo, c1 - c0, tile + c0 - p * MC_NR, MC_NR);
 		}
 	}
 }

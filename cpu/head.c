@@ -33,7 +33,7 @@ int mc_head_run(struct mc_head *h, int nt) {
 		h->shared = mc_alloc(mc_head_layout(h, NULL, h->rows, h->rows * h->chunk, h->w->ada.n, &b));
 		if (!h->shared) return MC_NOMEM;
 	}
-	int status = mc_parallel(nt, scratch, head_worker, h);
+	int status = (h->by_rows ? mc_parallel_take : mc_parallel)(nt, scratch, head_worker, h);
 	mc_free(h->shared);
 	return status ? status : h->stop ? MC_CANCELLED : MC_OK;
 }

@@ -4,8 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"math/rand"
-	"os"
-	"strconv"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -159,7 +157,6 @@ func BenchmarkHead(b *testing.B) {
 					f := newHeadFixture(b, DefaultThreads(), n, c.width, c.depth, c.ch, steps, dt)
 					a := f.args(0, n)
 					a.ExactStep = nil
-					a.Scratch, _ = strconv.Atoi(os.Getenv("BUDGET"))
 					best := time.Duration(1 << 62)
 					b.ResetTimer()
 					for range b.N {

@@ -58,7 +58,7 @@ int mc_attention_run(struct mc_attention *a, int nt) {
 	a->items = 0;
 	for (int64_t s = 0; s < a->seqs; s++) a->items += mc_ceil(a->qoff[s + 1] - a->qoff[s], a->chunk) * a->heads;
 	nt = (int)mc_min(useful(nt, work / 16), a->items);
-	return mc_parallel(nt, mc_att_layout(a).end, mc_kern()->ops->attention, a);
+	return mc_parallel_take(nt, mc_att_layout(a).end, mc_kern()->ops->attention, a);
 }
 
 int mc_conv_run(struct mc_conv *a, int nt) {
@@ -72,7 +72,7 @@ int mc_conv_run(struct mc_conv *a, int nt) {
 	nt = useful(nt, pixels * a->cout * a->cin * a->kernel * a->kernel / 16);
 	mc_conv_plan(a, nt);
 	nt = (int)mc_min(nt, a->n * a->bands * a->shares);
-	return mc_parallel(nt, mc_conv_scratch(a), mc_kern()->ops->conv, a);
+	return mc_parallel_take(nt, mc_conv_scratch(a), mc_kern()->ops->conv, a);
 }
 
 #define GN_BLOCK (1 << 16) // elements of a block: 256 KiB, read twice from L2

@@ -103,6 +103,7 @@ func TestAttentionThreads(t *testing.T) {
 				{1, 512, []int{150}, []int{150}, false}, // one head: cut by queries
 				{3, 72, []int{90, 0, 31}, []int{90, 4, 77}, false},
 				{4, 64, []int{61, 61}, []int{61, 90}, true},
+				{1, 40, []int{33, 40}, []int{50, 20}, false},
 			} {
 				t.Run(fmt.Sprintf("%v/%dx%d", dt, c.heads, c.dh), func(t *testing.T) {
 					var args engine.AttentionArgs
@@ -114,10 +115,13 @@ func TestAttentionThreads(t *testing.T) {
 						fix = f
 						return args.O
 					})
-					for _, i := range []int{0, 1, c.q[0] - 1} {
-						h := c.heads - 1
-						for d, want := range attend(fix, args, 0, h, i) {
-							near(t, fmt.Sprintf("query %d, column %d", i, d), dt, o[i*c.heads*c.dh+h*c.dh+d], want, 1+math.Abs(want), 2e-6)
+					for _, s := range []int{0, len(c.q) - 1} {
+						for _, i := range []int{0, 1, c.q[s] - 1} {
+							row, h := int(args.QOffHost[s])+i, c.heads-1
+							for d, want := range attend(fix, args, s, h, i) {
+								got := o[row*c.heads*c.dh+h*c.dh+d]
+								near(t, fmt.Sprintf("query %d of sequence %d, column %d", i, s, d), dt, got, want, 1+math.Abs(want), 2e-6)
+							}
 						}
 					}
 				})

@@ -36,11 +36,19 @@ struct mc_team {
 	_Alignas(MC_LINE) _Atomic int64_t next; // mc_take
 };
 
+// The thread joins a region, or the caller withdraws it: whoever first takes
+// the offer away.
+static inline int take_offer(atomic_int *offer) {
+	int one = 1;
+	return atomic_compare_exchange_strong(offer, &one, 0);
+}
+
 // A seat is scratch for one worker of a region, and a thread unless it is used
 // by callers.
 struct seat {
 	_Alignas(MC_LINE) atomic_uint go; // bumped for every region given to the thread
 	atomic_int asleep;
+	atomic_int offer; // whether the region is still there for the thread to join
 	struct mc_worker w;
 	size_t cap; // of w.scratch
 	struct seat *next;
@@ -105,6 +113,7 @@ static void *worker_main(void *arg) {
 			atomic_store(&s->asleep, 0);
 		}
 		seen = go;
+		if (!take_offer(&s->offer)) continue;
 		struct mc_team *team = s->w.team;
 		team->fn(&s->w, team->ctx);
 		// The team and the seat belong to the caller again after this.
@@ -197,7 +206,7 @@ static void leave(int nt, struct seat **seat) {
 	if (waiting) pthread_cond_broadcast(&pool.turn);
 }
 
-int mc_parallel(int nt, size_t scratch, mc_fn fn, void *ctx) {
+static int parallel(int nt, size_t scratch, mc_fn fn, void *ctx, int withdraw) {
 	if (nt < 1) nt = 1;
 	if (nt > MAX_WORKERS) nt = MAX_WORKERS;
 	struct seat *seat[MAX_WORKERS];
@@ -216,14 +225,21 @@ int mc_parallel(int nt, size_t scratch, mc_fn fn, void *ctx) {
 		s->w.nt = nt;
 		s->w.team = &team;
 		if (i == 0) continue;
+		atomic_store(&s->offer, 1);
 		atomic_fetch_add(&s->go, 1);
 		if (atomic_load(&s->asleep)) futex(&s->go, FUTEX_WAKE, 1);
 	}
 	fn(&seat[0]->w, ctx);
+	for (int i = 1; withdraw && i < nt; i++)
+		if (take_offer(&seat[i]->offer)) atomic_fetch_sub(&team.pending, 1);
 	WAIT_WHILE(team.spin_ns, atomic_load_explicit(&team.pending, memory_order_acquire) > 0);
 	leave(nt, seat);
 	return MC_OK;
 }
+
+int mc_parallel(int nt, size_t scratch, mc_fn fn, void *ctx) { return parallel(nt, scratch, fn, ctx, 0); }
+
+int mc_parallel_take(int nt, size_t scratch, mc_fn fn, void *ctx) { return parallel(nt, scratch, fn, ctx, 1); }
 
 void mc_barrier(struct mc_worker *w) {
 	struct mc_team *t = w->team;

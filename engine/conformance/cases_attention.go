@@ -123,6 +123,8 @@ func attentionCases() (cs []*Case) {
 		add(attention{heads: 2, dh: 72, q: []int{25, 20}, k: []int{25, 20}, d: d, nan: true, note: "nan"})
 		add(attention{heads: 2, dh: 64, q: []int{70, 20}, k: []int{70, 20}, d: d, nan: true, causal: true, note: "nan in the future"})
 		add(attention{heads: 3, dh: 40, q: []int{9, 5, 66}, k: []int{8, 32, 64}, d: d, exact: true, note: "exact mean"})
+		add(attention{heads: 2, dh: 16, q: []int{7, 2}, k: []int{1300, 1100}, d: d, note: "many keys"})
+		add(attention{heads: 1, dh: 512, q: []int{3}, k: []int{1030}, d: d, note: "many keys"})
 		many := make([]int, 40)
 		for i := range many {
 			many[i] = i * 7 % 13

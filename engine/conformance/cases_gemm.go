@@ -120,7 +120,7 @@ func gemmCases() (cs []*Case) {
 	for _, w := range []engine.DType{f32, bf16} {
 		// Shapes, with the epilogues that a plain linear layer has.
 		for _, s := range [][3]int{{0, 8, 8}, {1, 1, 1}, {1, 33, 7}, {5, 7, 0}, {7, 0, 5}, {2, 31, 64}, {3, 65, 33},
-			{8, 64, 1}, {12, 96, 129}, {33, 7, 203}, {113, 203, 71}, {16, 40, 1153}, {129, 32, 16}} {
+			{8, 64, 1}, {12, 96, 129}, {33, 7, 203}, {113, 203, 71}, {16, 40, 1153}, {129, 32, 16}, {1000, 3, 20}, {700, 33, 9}} {
 			add(gemm{m: s[0], n: s[1], k: s[2], x: w, w: w, y: f32, bias: true, note: "bias"})
 		}
 		// Dtypes of X and Y.

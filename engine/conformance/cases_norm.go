@@ -53,7 +53,7 @@ func normCases() (cs []*Case) {
 	add := func(n norm) { cs = append(cs, n.cases()) }
 	for _, x := range []engine.DType{f32, bf16} {
 		for _, y := range []engine.DType{f32, bf16} {
-			for _, s := range [][2]int{{0, 8}, {1, 1}, {3, 2}, {33, 7}, {5, 203}, {113, 64}, {7, 1280}} {
+			for _, s := range [][2]int{{0, 8}, {1, 1}, {3, 2}, {33, 7}, {5, 203}, {113, 64}, {7, 1280}, {900, 20}} {
 				add(norm{m: s[0], d: s[1], x: x, y: y, note: "plain"})
 			}
 			add(norm{m: 17, d: 75, x: x, y: y, affine: true, gap: 3, note: "affine strided"})

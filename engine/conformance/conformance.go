@@ -3,26 +3,9 @@ package conformance
 import (
 	"errors"
 	"fmt"
-	"regexp"
-	"strings"
 	"time"
 
 	"margo/engine"
-)
-
-// Mode is a way to look at a device.
-type Mode string
-
-// Modes, as package documentation describes them.
-const (
-	Oracle      Mode = "oracle"
-	Exact       Mode = "exact"
-	NaN         Mode = "nan"
-	Guards      Mode = "guards"
-	Determinism Mode = "determinism"
-	Batch       Mode = "batch"
-	System      Mode = "system"
-	Failed      Mode = "failed" // an op that should work gave an error
 )
 
 // Case is one line of the table.
@@ -48,69 +31,6 @@ type work struct {
 	part     func(s engine.Stream, lo, hi int) error
 }
 
-// Status of a Result.
-type Status string
-
-// Statuses.
-const (
-	Pass Status = "pass"
-	Fail Status = "FAIL"
-	Skip Status = "SKIP"
-)
-
-// Result is what one mode found about one case.
-type Result struct {
-	Case, Detail string
-	Op           engine.Op
-	DType        engine.DType
-	Mode         Mode
-	Status       Status
-	Err, Limit   float64 // mode oracle: of the output nearest to its limit
-}
-
-func (r Result) String() string {
-	s := fmt.Sprintf("%s %s %s", r.Status, r.Case, r.Mode)
-	if r.Detail != "" {
-		s += ": " + r.Detail
-	}
-	return s
-}
-
-// Options choose cases. The zero value is the whole table.
-type Options struct {
-	Match *regexp.Regexp // of case names; nil: all
-	// OnResult, if not nil, is told every result as it is found.
-	OnResult func(Result)
-}
-
-// Report is the outcome of Check.
-type Report struct {
-	Device  string
-	Results []Result
-	Elapsed time.Duration
-}
-
-// With returns the results of a status.
-func (r *Report) With(s Status) (out []Result) {
-	for _, x := range r.Results {
-		if x.Status == s {
-			out = append(out, x)
-		}
-	}
-	return out
-}
-
-// String is a summary with every failure and skip.
-func (r *Report) String() string {
-	var b strings.Builder
-	for _, x := range append(r.With(Fail), r.With(Skip)...) {
-		fmt.Fprintln(&b, x)
-	}
-	fmt.Fprintf(&b, "%s: %d passed, %d failed, %d skipped in %.1f s\n", r.Device,
-		len(r.With(Pass)), len(r.With(Fail)), len(r.With(Skip)), r.Elapsed.Seconds())
-	return b.String()
-}
-
 // Check runs a device through the table and the system checks.
 func Check(dev engine.Device, opt Options) *Report {
 	rep := &Report{Device: dev.Name()}
@@ -124,12 +44,12 @@ func Check(dev engine.Device, opt Options) *Report {
 		}
 	}
 	for _, c := range Cases() {
-		if !c.Large && (opt.Match == nil || opt.Match.MatchString(c.Name)) {
+		if opt.want(c) {
 			add(c.Check(dev)...)
 		}
 	}
 	for _, c := range systemChecks {
-		if opt.Match == nil || opt.Match.MatchString("system/"+c.name) {
+		if opt.match("system/" + c.name) {
 			add(c.check(dev))
 		}
 	}
@@ -147,11 +67,53 @@ type T[Self any] interface {
 	Helper()
 }
 
+// Same demands that two devices give the same bits in every case, as a device
+// must with any number of threads.
+func Same(a, b engine.Device, opt Options) *Report {
+	rep := &Report{Device: a.Name() + " and " + b.Name()}
+	start := time.Now()
+	for _, c := range Cases() {
+		if !opt.want(c) || !a.Supports(c.Op, c.DType) || !b.Supports(c.Op, c.DType) {
+			continue
+		}
+		r := Result{Case: c.Name, Op: c.Op, DType: c.DType, Mode: Identical, Status: Pass}
+		if err := c.same(a, b); err != nil {
+			r.Status, r.Detail = Fail, err.Error()
+		}
+		rep.Results = append(rep.Results, r)
+		if opt.OnResult != nil {
+			opt.OnResult(r)
+		}
+	}
+	rep.Elapsed = time.Since(start)
+	return rep
+}
+
+func (c *Case) same(a, b engine.Device) (err error) {
+	defer caught(func(e error) { err = e })
+	var got [2]map[string][]uint32
+	var e *env
+	for i, dev := range []engine.Device{a, b} {
+		e = newEnv(dev, c, 0)
+		defer e.close()
+		got[i] = e.run(c.build(e).run)
+	}
+	return e.differ(got[0], got[1])
+}
+
 // Run is Check in a test: every case is a subtest, and what is skipped says so.
-func Run[S T[S]](t S, dev engine.Device) {
+// Without options it is the whole table.
+func Run[S T[S]](t S, dev engine.Device, opts ...Options) {
 	t.Helper()
+	var opt Options
+	if len(opts) > 0 {
+		opt = opts[0]
+	}
 	report := func(t S, rs ...Result) {
 		for _, r := range rs {
+			if opt.OnResult != nil {
+				opt.OnResult(r)
+			}
 			switch r.Status {
 			case Fail:
 				t.Error(r)
@@ -161,12 +123,14 @@ func Run[S T[S]](t S, dev engine.Device) {
 		}
 	}
 	for _, c := range Cases() {
-		if !c.Large {
+		if opt.want(c) {
 			t.Run(c.Name, func(t S) { report(t, c.Check(dev)...) })
 		}
 	}
 	for _, c := range systemChecks {
-		t.Run("system/"+c.name, func(t S) { report(t, c.check(dev)) })
+		if opt.match("system/" + c.name) {
+			t.Run("system/"+c.name, func(t S) { report(t, c.check(dev)) })
+		}
 	}
 	t.Log("\n" + Support(dev))
 }
@@ -280,31 +244,4 @@ func (w *work) inParts(s engine.Stream) error {
 		lo = hi
 	}
 	return nil
-}
-
-// Support is a table in Markdown of the ops and dtypes that a device has.
-func Support(devs ...engine.Device) string {
-	var b strings.Builder
-	dtypes := []engine.DType{engine.F32, engine.BF16}
-	b.WriteString("| op |")
-	for _, d := range devs {
-		for _, t := range dtypes {
-			fmt.Fprintf(&b, " %s %v |", d.Name(), t)
-		}
-	}
-	b.WriteString("\n|---|" + strings.Repeat("---|", len(devs)*len(dtypes)) + "\n")
-	for _, op := range engine.Ops {
-		fmt.Fprintf(&b, "| %s |", op)
-		for _, d := range devs {
-			for _, t := range dtypes {
-				mark := "no"
-				if d.Supports(op, t) {
-					mark = "yes"
-				}
-				fmt.Fprintf(&b, " %s |", mark)
-			}
-		}
-		b.WriteString("\n")
-	}
-	return b.String()
 }

@@ -1,7 +1,7 @@
 package conformance
 
 import (
-	"os"
+	"fmt"
 	"regexp"
 	"strings"
 	"testing"
@@ -10,23 +10,40 @@ import (
 	"margo/engine/ref"
 )
 
-func TestRefRounded(t *testing.T) { Run(t, ref.New(ref.Rounded)) }
+// TestRefRounded shows that a faultless device has nothing to fear.
+func TestRefRounded(t *testing.T) { Run(t, ref.New(ref.Rounded), Options{Quick: true}) }
 
 // TestRefExact runs the F32 cases on the float64 oracle, which is nearer to the
 // truth than any device. Its BF16 is not BF16, so those must be skipped.
 func TestRefExact(t *testing.T) {
-	rep := Check(onlyF32{ref.New(ref.Exact)}, Options{})
+	rep := Check(onlyF32{ref.New(ref.Exact)}, Options{Match: regexp.MustCompile("/(f32|bf16)/"), Quick: true})
 	if f := rep.With(Fail); len(f) > 0 {
 		t.Errorf("%d failures, first: %v", len(f), f[0])
 	}
-	if len(rep.With(Skip)) < 100 {
-		t.Errorf("%d skips, want the BF16 cases among them", len(rep.With(Skip)))
+	if n := len(rep.With(Skip)); n < 100 || !strings.Contains(rep.String(), fmt.Sprintf("%d skipped", n)) {
+		t.Errorf("%d skips, want the BF16 cases, and to be told: %v", n, rep)
+	}
+	if !strings.Contains(Support(onlyF32{ref.New(ref.Exact)}), "| gemm | yes | no |") {
+		t.Error("support table")
 	}
 }
 
 type onlyF32 struct{ *ref.Device }
 
 func (d onlyF32) Supports(_ engine.Op, t engine.DType) bool { return t == engine.F32 }
+
+// TestSame finds the oracle to agree with itself, and a mutant not to.
+func TestSame(t *testing.T) {
+	opt := Options{Match: regexp.MustCompile("^(gemm|rows)/f32/21x70")}
+	a := ref.New(ref.Rounded)
+	if rep := Same(a, ref.New(ref.Rounded), opt); len(rep.With(Fail)) > 0 || len(rep.Results) < 30 {
+		t.Errorf("%d cases: %v", len(rep.Results), rep)
+	}
+	m := mutant{gemm: func(s engine.Stream, a engine.GemmArgs) error { a.Bias = nil; return s.Gemm(a) }}
+	if rep := Same(a, faulty{a, &m}, opt); len(rep.With(Fail)) < 20 {
+		t.Errorf("a mutant is the same: %v", rep)
+	}
+}
 
 func TestTable(t *testing.T) {
 	seen, ops := map[string]bool{}, map[engine.Op]int{}
@@ -53,5 +70,7 @@ func TestBench(t *testing.T) {
 	if err != nil || len(ts) != 1 || ts[0].Runs < 3 || ts[0].Cost.Bytes == 0 || !(ts[0].Bandwidth() > 0) {
 		t.Errorf("%+v, %v", ts, err)
 	}
-	os.Stdout.WriteString(Table(ts))
+	if s := Table(ts); !strings.Contains(s, "320x768") || !strings.Contains(s, "GB/s") {
+		t.Error(s)
+	}
 }

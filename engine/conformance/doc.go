@@ -12,6 +12,8 @@
 //	determinism  the same call gives the same bits again
 //	batch        rows, sequences or tokens computed in several calls give the
 //	             same bits as in one
+//	identical    two devices, such as one with 1 and one with 2 threads, give the
+//	             same bits (Same)
 //	failed       no case gives an error (this mode is never passed, only failed)
 //	system       memory, copies, streams, events, graphs and refusals
 //

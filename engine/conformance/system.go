@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync"
 
 	"margo/engine"
 )
@@ -18,6 +19,7 @@ type systemCheck struct {
 var systemChecks = []systemCheck{
 	{"info", checkInfo}, {"memory", checkMemory}, {"copies", checkCopies}, {"fill", checkFill},
 	{"events", checkEvents}, {"graphs", checkGraphs}, {"refusals", checkRefusals}, {"cancel", checkCancel},
+	{"concurrency", checkConcurrency},
 }
 
 func (c systemCheck) check(dev engine.Device) (r Result) {
@@ -290,4 +292,36 @@ func checkCancel(dev engine.Device, s engine.Stream) error {
 	stop = 0
 	check(s.HeadSteps(a)) // the stream is usable again
 	return s.Sync()
+}
+
+// checkConcurrency runs several cases at the same time, each on a stream of its
+// own, again and again: none may disturb another.
+func checkConcurrency(dev engine.Device, _ engine.Stream) error {
+	cases := []*Case{
+		gemm{m: 33, n: 90, k: 70, bias: true, note: "concurrent"}.cases(),
+		gemm{m: 5, n: 300, k: 128, w: engine.BF16, bias: true, note: "concurrent"}.cases(),
+		attention{heads: 2, dh: 32, q: []int{20, 40}, k: []int{20, 40}}.cases(),
+		headCase{n: 6, c: 4, w: 64, blocks: 1, steps: 2, guidance: true, note: "concurrent"}.cases(),
+	}
+	errs := make([]error, len(cases))
+	var wg sync.WaitGroup
+	for i, c := range cases {
+		if !dev.Supports(c.Op, c.DType) {
+			continue
+		}
+		wg.Add(1)
+		go func() {
+			defer wg.Done()
+			defer caught(func(err error) { errs[i] = err })
+			e := newEnv(dev, c, 0)
+			defer e.close()
+			w := c.build(e)
+			first := e.run(w.run)
+			for n := 0; n < 20 && errs[i] == nil; n++ {
+				errs[i] = e.differ(first, e.run(w.run))
+			}
+		}()
+	}
+	wg.Wait()
+	return errors.Join(errs...)
 }

@@ -77,10 +77,10 @@ func dot[F number](a, b []F) (sum F) {
 func act[F number](a engine.Activation, x F) F {
 	switch a {
 	case engine.GELUErf:
-		return F(x*0.5) * (1 + fn(math.Erf, F(x*F(math.Sqrt2/2))))
+		return F(F(x*0.5) * (1 + fn(math.Erf, F(x*F(math.Sqrt2/2)))))
 	case engine.GELUTanh:
-		cube := F(F(x*x)*x) * F(0.044715)
-		return F(x*0.5) * (1 + fn(math.Tanh, F(math.Sqrt(2/math.Pi))*(x+F(cube))))
+		cube := F(F(F(x*x)*x) * F(0.044715))
+		return F(F(x*0.5) * (1 + fn(math.Tanh, F(F(math.Sqrt(2/math.Pi))*(x+cube)))))
 	case engine.SiLU:
 		return x / (1 + fn(math.Exp, -x))
 	}
