@@ -42,6 +42,17 @@ def sampler(mode, dtype, weights="mar_tiny"):
     return SAMPLERS[mode](load_mar(None, GOLDENS / f"{weights}.safetensors"), dtype)
 
 
+def synthetic_trace(images, iters, steps):
+    """Draws in a trace's form for guided sampling of 16 tokens of 16, so that both modes get the same."""
+    generator, counts = torch.Generator().manual_seed(0), masked_counts(16, iters)
+    trace = {"orders": torch.stack([torch.randperm(16, generator=generator) for _ in range(images)])}
+    for i in range(iters):
+        rows = images * (counts[i] - counts[i + 1])
+        trace[f"iter{i}.init_noise"] = torch.randn(rows, 16, generator=generator)
+        trace[f"iter{i}.step_noise"] = torch.randn(steps, rows, 16, generator=generator).repeat(1, 2, 1)
+    return trace
+
+
 class Stages(unittest.TestCase):
     def test_trunk(self):
         for name in ("mar_encdec_vis6", "mar_encdec_allmasked"):
@@ -139,19 +150,30 @@ class Sampling(unittest.TestCase):
             self.assertEqual({r["index"]: r["rows"] for r in clocks[1].rows}, {i: rows[i] for i in (1, 5)})
 
     def test_bf16_tuned_is_no_worse_than_autocast(self):
-        """The tuned mode's bf16 must not buy speed with accuracy. Over a whole sample bf16 strays far in both modes:
-        the first reverse step amplifies the error of the noise estimate 316 times."""
-        trace = golden("mar_trained_sample_cfg3_linear_100steps")
-        want, error = trace["final_tokens"], {}
-        request = Request(2, [3, 7], iters=4, head_steps=100, cfg=3.0, temperature=0.9)
-        for mode in SAMPLERS:
-            s = sampler(mode, BF16, "mar_tiny_trained")
+        """The tuned mode's bf16 must not buy speed with accuracy: both modes against float32, on the same draws.
+
+        Over a whole sample most tokens stay close, and a few per cent diverge by tens to hundreds in either mode,
+        because the first reverse step amplifies an error of the noise estimate 316 times. Which ones is chance, and they
+        alone decide a mean or a standard deviation. Hence many tokens, the median, and the share that diverges.
+        """
+        images, iters, steps = 64, 4, 100
+        request = Request(images, [i % 10 for i in range(images)], iters, steps, cfg=3.0, temperature=0.9)
+        draws = TraceDraws(synthetic_trace(images, iters, steps))
+
+        def tokens(mode, dtype):
+            s = sampler(mode, dtype, "mar_tiny_trained")
             with s.context():
                 s.prepare(request)
-                tokens = s.sample(request, TraceDraws(trace), Clock())
-            error[mode] = (load_mar(None, GOLDENS / "mar_tiny_trained.safetensors").unpatchify(tokens) - want).std().item()
-        print("bf16, standard deviation of the error:", error)
-        self.assertLess(error["tuned"], 1.5 * error["eager"])
+                return s.sample(request, draws, Clock()).clone()
+
+        exact = tokens("eager", F32)
+        median, diverged = {}, {}
+        for mode in SAMPLERS:
+            error = (tokens(mode, BF16) - exact).pow(2).mean(-1).sqrt()
+            median[mode], diverged[mode] = error.median().item(), (error > 1).float().mean().item()
+        print(f"bf16 against float32, {exact[..., 0].numel()} tokens: median error {median}, share above 1: {diverged}")
+        self.assertLess(median["tuned"], 1.25 * median["eager"])
+        self.assertLess(diverged["tuned"], diverged["eager"] + 0.03)
 
 
 class Protocol(unittest.TestCase):
