@@ -292,7 +292,7 @@ V_INLINE void epi_fetch(const struct mc_epilogue *e, int64_t r0, int64_t c0, int
 }
 
 // gemm_part computes rows r0 … r0+m-1 of panels p0 … p1-1 of g, on one worker.
-// m is at most mc_gemm_group rows. scratch: mc_gemm_scratch(g) bytes.
+// scratch has mc_gemm_scratch(g) bytes; where nothing is copied, MC_GEMM_TILE.
 static void gemm_part(const struct mc_gemm *g, int64_t r0, int64_t m, int64_t p0, int64_t p1, void *scratch) {
 	float *tile = scratch;
 	const char *x = (const char *)g->x + r0 * g->ldx * (g->x_dtype == MC_F32 ? 4 : 2);
