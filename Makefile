@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 GO    ?= go
 BIN   := bin/margo
-SRC   := $(shell find cmd cpu engine cuda -name '*.go' -o -name '*.[ch]' 2>/dev/null) go.mod go.sum
+SRC   := $(shell find cmd cpu engine bench -name '*.go' -o -name '*.[ch]' 2>/dev/null) go.mod go.sum
 DEMO  := demo.png
 FUZZTIME ?= 60s
 
@@ -15,14 +15,14 @@ help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 .PHONY: setup
-setup: ## install what building and testing lack (compilers, emulator, modules)
-	@.ci/setup
+setup: ## install what building lacks (C compiler, Go modules)
+	@.ci/setup build
 
 .PHONY: build
 build: setup $(BIN) ## build bin/margo
 
 $(BIN): $(SRC)
-	$(GO) build -trimpath -ldflags "-s -w -X main.commit=$$(git rev-parse --short HEAD 2>/dev/null || echo unknown)" -o $@ ./cmd/margo
+	$(GO) build -trimpath -ldflags "-s -w" -buildvcs=auto -o $@ ./cmd/margo
 
 .PHONY: demo
 demo: build ## sample a grid of clothes from the MAR that ships with margo
@@ -30,7 +30,8 @@ demo: build ## sample a grid of clothes from the MAR that ships with margo
 	@echo "The picture is $(CURDIR)/$(DEMO): ten classes across, four samples each."
 
 .PHONY: test
-test: setup ## everything that must pass: format, vet, tests, race detector, sanitizers, arm64
+test: ## everything that must pass: format, vet, tests, race detector, sanitizers, arm64
+	@.ci/setup test
 	@.ci/test
 
 .PHONY: test-short
@@ -47,7 +48,8 @@ verify: build ## replay every golden trace in f32 and bf16
 
 .PHONY: peers
 peers: ## install the pinned PyTorch that `margo bench --against pytorch` runs
-	bench/peers/setup.sh
+	@.ci/setup peers
+	@bench/peers/setup.sh
 
 .PHONY: clean
 clean: ## remove what was built

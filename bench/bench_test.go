@@ -2,15 +2,20 @@ package bench
 
 import (
 	"bytes"
+	"context"
 	"encoding/csv"
 	"encoding/json"
+	"errors"
 	"math"
 	"os"
 	"os/exec"
+	"runtime"
+	"runtime/debug"
 	"strings"
 	"testing"
 	"time"
 
+	"margo/engine"
 	"margo/engine/checkpoint"
 )
 
@@ -98,6 +103,7 @@ func TestPeer(t *testing.T) {
 	*boom*) echo '{"error":"no such model"}';;
 	*die*) echo "last words" >&2; exit 3;;
 	*hang*) sleep 60;;
+	*nan*) echo '{"seconds_total": NaN, "v": [-Infinity, Infinity], "x": 2}';;
 	*) echo '{"seconds_total": 1.5}';; esac; done`
 	start := func() *Peer {
 		p, err := StartPeer("sh", "-c", script)
@@ -110,18 +116,47 @@ func TestPeer(t *testing.T) {
 	var got struct {
 		S float64 `json:"seconds_total"`
 	}
-	if err := p.Call(map[string]any{"cmd": "run"}, &got, time.Minute); err != nil || got.S != 1.5 {
+	if err := p.Call(t.Context(), map[string]any{"cmd": "run"}, &got, time.Minute); err != nil || got.S != 1.5 {
 		t.Fatalf("%v %v", got, err)
 	}
-	if err := p.Call(map[string]any{"cmd": "boom"}, nil, time.Minute); err == nil || !strings.Contains(err.Error(), "no such model") {
+	var odd struct {
+		S *float64   `json:"seconds_total"`
+		V []*float64 `json:"v"`
+		X float64    `json:"x"`
+	}
+	if err := p.Call(t.Context(), map[string]any{"cmd": "nan"}, &odd, time.Minute); err != nil || odd.S != nil || len(odd.V) != 2 || odd.X != 2 {
+		t.Errorf("NaN in an answer: %+v, %v", odd, err)
+	}
+	if err := p.Call(t.Context(), map[string]any{"cmd": "boom"}, nil, time.Minute); err == nil || !strings.Contains(err.Error(), "no such model") {
 		t.Errorf("error answer: %v", err)
 	}
-	if err := p.Call(map[string]any{"cmd": "die"}, nil, time.Minute); err == nil || !strings.Contains(err.Error(), "last words") {
+	if err := p.Call(t.Context(), map[string]any{"cmd": "die"}, nil, time.Minute); err == nil || !strings.Contains(err.Error(), "last words") {
 		t.Errorf("dead peer: %v", err)
 	}
 	p = start()
-	if err := p.Call(map[string]any{"cmd": "hang"}, nil, 50*time.Millisecond); err == nil || !strings.Contains(err.Error(), "no answer") {
+	if err := p.Call(t.Context(), map[string]any{"cmd": "hang"}, nil, 50*time.Millisecond); err == nil || !strings.Contains(err.Error(), "no answer") {
 		t.Errorf("hanging peer: %v", err)
+	}
+	// The end of the context ends the process and its children: the answer's
+	// end is read only when the sleep is gone too.
+	begin := time.Now()
+	p = start()
+	ctx, cancel := context.WithCancel(t.Context())
+	time.AfterFunc(50*time.Millisecond, cancel)
+	if err := p.Call(ctx, map[string]any{"cmd": "hang"}, nil, time.Minute); !errors.Is(err, engine.Cancelled) {
+		t.Errorf("cancelled: %v", err)
+	}
+	if err := p.Close(); err == nil {
+		t.Error("a process that was killed closed well")
+	}
+	// So does the program's end at once.
+	p = start()
+	time.AfterFunc(50*time.Millisecond, KillPeers)
+	if err := p.Call(t.Context(), map[string]any{"cmd": "hang"}, nil, time.Minute); err == nil {
+		t.Errorf("killed: %v", err)
+	}
+	if d := time.Since(begin); d > 30*time.Second {
+		t.Errorf("the processes ended after %v", d)
 	}
 	p = start()
 	if err := p.Close(); err != nil {
@@ -129,6 +164,69 @@ func TestPeer(t *testing.T) {
 	}
 	if _, err := StartPeer(os.DevNull + "/nothing"); err == nil {
 		t.Error("started nothing")
+	}
+}
+
+// No number can break a format.
+func TestNotFinite(t *testing.T) {
+	r := report()
+	r.Incomplete = "interrupted"
+	row := &r.Rows[0]
+	row.CFG, row.Peak, row.FLOPs = math.Inf(1), 0, math.NaN()
+	row.Runs[0] = Run{math.NaN(), map[string]float64{"head": math.Inf(-1)}}
+	row.Runs[1].Seconds = 0
+	r.Machine.ReadBW = math.Inf(1)
+	for _, f := range Formats {
+		var b bytes.Buffer
+		if err := r.Write(&b, f); err != nil {
+			t.Errorf("%s: %v", f, err)
+		}
+		if f == "json" {
+			var m struct {
+				Incomplete string
+				Machine    map[string]any
+				Rows       []map[string]any
+			}
+			if err := json.Unmarshal(b.Bytes(), &m); err != nil {
+				t.Fatalf("%v in %s", err, b.String())
+			}
+			for _, name := range []string{"cfg", "flops_authors", "peak_share"} {
+				if v, ok := m.Rows[0][name]; !ok || v != nil {
+					t.Errorf("%s is %v, %v", name, v, ok)
+				}
+			}
+			if m.Rows[1]["images_per_s"] != 4./33 || m.Rows[1]["cfg"] != 3. || m.Machine["read_bytes_per_s"] != nil || m.Incomplete == "" {
+				t.Errorf("%v", m)
+			}
+		} else if s := strings.ToLower(strings.ReplaceAll(b.String(), "cfg=+Inf", "")); f == "benchstat" && (strings.Contains(s, "nan") || strings.Contains(s, "inf")) {
+			t.Errorf("%s: %s", f, s)
+		}
+	}
+}
+
+// A later case does not show the peak of an earlier one.
+func TestPeakMemory(t *testing.T) {
+	pid := os.Getpid()
+	if !resetPeak(pid) {
+		t.Skip("the system does not forget peaks")
+	}
+	before := peakResident(pid)
+	b := make([]byte, 64<<20)
+	for i := 0; i < len(b); i += 4096 {
+		b[i] = 1
+	}
+	with := peakResident(pid)
+	runtime.KeepAlive(b)
+	b = nil
+	debug.FreeOSMemory()
+	kept := peakResident(pid)
+	resetPeak(pid)
+	after := peakResident(pid)
+	if with-before < 60<<20 || kept < with-4<<20 || with-after < 50<<20 {
+		t.Errorf("MiB: %d, with 64 more %d, without them %d, forgotten %d", before>>20, with>>20, kept>>20, after>>20)
+	}
+	if resetPeak(-1) || peakResident(-1) != 0 {
+		t.Error("a process that is not there has memory")
 	}
 }
 

@@ -1,6 +1,7 @@
 package bench
 
 import (
+	"bufio"
 	"encoding/csv"
 	"encoding/json"
 	"fmt"
@@ -37,7 +38,7 @@ type Row struct {
 	FLOPs        float64 `json:"flops_authors"` // of the authors' algorithm, whole batch
 	OwnFLOPs     float64 `json:"flops_own"`     // really executed; 0: not known
 	Peak         float64 `json:"peak_flops"`    // of the machine, in the case's dtype
-	MemoryBytes  int64   `json:"memory_bytes"`
+	MemoryBytes  int64   `json:"memory_bytes"`  // most that the process had resident during the case; 0: not known
 	RandomWeight bool    `json:"random_weights"`
 	Note         string  `json:"note,omitempty"`
 }
@@ -70,8 +71,9 @@ func (r *Row) PartSeconds(part string) float64 {
 
 // Report is a whole benchmark.
 type Report struct {
-	Machine Machine `json:"machine"`
-	Rows    []Row   `json:"rows"`
+	Machine    Machine `json:"machine"`
+	Rows       []Row   `json:"rows"`
+	Incomplete string  `json:"incomplete,omitempty"` // why cases are missing
 }
 
 var parts = []string{"encoder", "decoder", "head", "tokenizer", "other"}
@@ -80,20 +82,27 @@ var parts = []string{"encoder", "decoder", "head", "tokenizer", "other"}
 var Formats = []string{"table", "csv", "json", "benchstat"}
 
 // Write prints the report in one of Formats.
-func (rep *Report) Write(w io.Writer, format string) error {
+func (rep *Report) Write(to io.Writer, format string) error {
+	w := bufio.NewWriter(to) // remembers the first error
+	var err error
 	switch format {
 	case "table":
-		return rep.table(w)
+		err = rep.table(w)
 	case "csv":
-		return rep.csv(w)
+		err = rep.csv(w)
 	case "json":
 		enc := json.NewEncoder(w)
 		enc.SetIndent("", "  ")
-		return enc.Encode(rep)
+		err = enc.Encode(rep)
 	case "benchstat":
-		return rep.benchstat(w)
+		rep.benchstat(w)
+	default:
+		return fmt.Errorf("format %q is not one of %s", format, strings.Join(Formats, ", "))
 	}
-	return fmt.Errorf("format %q is not one of %s", format, strings.Join(Formats, ", "))
+	if err != nil {
+		return err
+	}
+	return w.Flush()
 }
 
 func (rep *Report) header(w io.Writer) {
@@ -111,8 +120,8 @@ func (rep *Report) table(w io.Writer) error {
 	for i := range rep.Rows {
 		r := &rep.Rows[i]
 		n := float64(r.Batch)
-		fmt.Fprintf(tw, "%s\t%s\t%d\t%s\t%d\t%.4g\t%.4g\t%.0f%%\t%.0f%%\t%.3g\t%s", r.Model, r.DType, r.Batch, r.Side, len(r.Runs),
-			r.Seconds()/n, r.ImagesPerSecond(), 100*Spread(r.seconds()), 100*r.PeakShare(), r.FLOPs/n/1e12, dash(r.OwnFLOPs/n/1e12))
+		fmt.Fprintf(tw, "%s\t%s\t%d\t%s\t%d\t%.4g\t%.4g\t%s\t%s\t%.3g\t%s", r.Model, r.DType, r.Batch, r.Side, len(r.Runs),
+			r.Seconds()/n, r.ImagesPerSecond(), percent(Spread(r.seconds())), percent(r.PeakShare()), r.FLOPs/n/1e12, dash(r.OwnFLOPs/n/1e12))
 		for _, p := range parts {
 			fmt.Fprintf(tw, "\t%s", dash(r.PartSeconds(p)/n))
 		}
@@ -131,10 +140,17 @@ func (rep *Report) table(w io.Writer) error {
 }
 
 func dash(v float64) string {
-	if v == 0 || v != v {
+	if v == 0 || finite(v) == nil {
 		return "-"
 	}
 	return fmt.Sprintf("%.3g", v)
+}
+
+func percent(v float64) string {
+	if finite(v) == nil {
+		return "-"
+	}
+	return fmt.Sprintf("%.0f%%", 100*v)
 }
 
 // ratios says how much faster margo was than each other side of the same case.
@@ -155,7 +171,9 @@ func (rep *Report) ratios() []string {
 		}
 		var q []float64
 		for j := 0; j < min(len(r.Runs), len(b.Runs)); j++ {
-			q = append(q, r.Runs[j].Seconds/b.Runs[j].Seconds)
+			if ratio := r.Runs[j].Seconds / b.Runs[j].Seconds; finite(ratio) != nil {
+				q = append(q, ratio)
+			}
 		}
 		sort.Float64s(q)
 		if len(q) > 0 {
@@ -175,8 +193,14 @@ func (rep *Report) notes() []string {
 			out = append(out, s)
 		}
 	}
+	if rep.Incomplete != "" {
+		add("not everything was run: " + rep.Incomplete)
+	}
 	for i := range rep.Rows {
 		r := &rep.Rows[i]
+		if r.MemoryBytes > 0 {
+			add("memory is the most that the process had resident during the case, program and weights included")
+		}
 		if r.RandomWeight {
 			add("weights are random: speed is that of trained ones, pictures are not")
 		}
@@ -201,9 +225,18 @@ func (rep *Report) csv(w io.Writer) error {
 	}
 	for i := range rep.Rows {
 		r := &rep.Rows[i]
-		f := func(v float64) string { return fmt.Sprintf("%.6g", v) }
+		f := func(v float64) string {
+			if finite(v) == nil {
+				return ""
+			}
+			return fmt.Sprintf("%.6g", v)
+		}
+		memory := ""
+		if r.MemoryBytes > 0 {
+			memory = fmt.Sprint(r.MemoryBytes)
+		}
 		rec := []string{r.Model, r.Part, r.DType, fmt.Sprint(r.Batch), fmt.Sprint(r.Iters), fmt.Sprint(r.HeadSteps), f(r.CFG), fmt.Sprint(r.Subset), r.Side, fmt.Sprint(len(r.Runs)),
-			f(r.Seconds() / float64(r.Batch)), f(r.ImagesPerSecond()), f(Spread(r.seconds())), f(r.PeakShare()), f(r.FLOPs), f(r.OwnFLOPs), fmt.Sprint(r.MemoryBytes)}
+			f(r.Seconds() / float64(r.Batch)), f(r.ImagesPerSecond()), f(Spread(r.seconds())), f(r.PeakShare()), f(r.FLOPs), f(r.OwnFLOPs), memory}
 		for _, p := range parts {
 			rec = append(rec, f(r.PartSeconds(p)/float64(r.Batch)))
 		}
@@ -216,8 +249,8 @@ func (rep *Report) csv(w io.Writer) error {
 }
 
 // benchstat prints one line per run in the format of `go test -bench`, which
-// the benchstat tool compares.
-func (rep *Report) benchstat(w io.Writer) error {
+// the benchstat tool compares. A figure that is not finite is left out.
+func (rep *Report) benchstat(w io.Writer) {
 	m := rep.Machine
 	fmt.Fprintf(w, "goos: %s\ncpu: %s\ncommit: %s\n", strings.ReplaceAll(m.OS, "/", "\ngoarch: "), m.CPU, m.Commit)
 	for i := range rep.Rows {
@@ -225,10 +258,17 @@ func (rep *Report) benchstat(w io.Writer) error {
 		name := fmt.Sprintf("Benchmark%s/model=%s/dtype=%s/batch=%d/iters=%d/steps=%d/cfg=%g/side=%s", strings.ToUpper(r.Part[:1])+r.Part[1:],
 			r.Model, r.DType, r.Batch, r.Iters, r.HeadSteps, r.CFG, strings.ReplaceAll(r.Side, " ", "-"))
 		for _, run := range r.Runs {
-			if _, err := fmt.Fprintf(w, "%s 1 %.0f ns/op %.6g img/s %.4g peak-share\n", name, run.Seconds*1e9, float64(r.Batch)/run.Seconds, r.FLOPs/run.Seconds/r.Peak); err != nil {
-				return err
+			if finite(run.Seconds) == nil {
+				continue
 			}
+			fmt.Fprintf(w, "%s 1 %.0f ns/op", name, run.Seconds*1e9)
+			if v := float64(r.Batch) / run.Seconds; finite(v) != nil {
+				fmt.Fprintf(w, " %.6g img/s", v)
+			}
+			if v := r.FLOPs / run.Seconds / r.Peak; finite(v) != nil {
+				fmt.Fprintf(w, " %.4g peak-share", v)
+			}
+			fmt.Fprintln(w)
 		}
 	}
-	return nil
 }

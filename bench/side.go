@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"time"
 
 	"margo/engine"
@@ -17,6 +18,7 @@ type Side interface {
 	Name() string
 	Warm(ctx context.Context, c Case) error
 	Run(ctx context.Context, c Case) (Run, error)
+	PID() int // of the process that does the work
 	Close() error
 }
 
@@ -64,7 +66,8 @@ func scale(c Case) float64 {
 type Margo struct {
 	Device engine.Device
 	Engine *sample.Engine
-	Tok    tokenizer.Tokenizer // for the part "decode"
+	Open   func() (*sample.Engine, error) // for Reopen; nil where only the tokenizer is measured
+	Tok    tokenizer.Tokenizer            // nil: images are not decoded
 	DType  engine.DType
 	Work   Work
 	Free   func() // releases weights; may be nil
@@ -72,6 +75,25 @@ type Margo struct {
 
 // Name is "margo".
 func (m *Margo) Name() string { return "margo" }
+
+// Reopen gives back the working memory that an engine keeps of its largest
+// batch, so that the next case's memory is its own.
+func (m *Margo) Reopen() error {
+	if m.Open == nil {
+		return nil
+	}
+	var err error
+	if m.Engine != nil {
+		err = m.Engine.Close()
+	}
+	if m.Engine = nil; err == nil {
+		m.Engine, err = m.Open()
+	}
+	return err
+}
+
+// PID is this process.
+func (m *Margo) PID() int { return os.Getpid() }
 
 // Close releases engine and weights.
 func (m *Margo) Close() error {
@@ -120,7 +142,7 @@ func (m *Margo) Warm(ctx context.Context, c Case) error {
 // Run measures a case.
 func (m *Margo) Run(ctx context.Context, c Case) (Run, error) {
 	if c.Part == "decode" {
-		return m.decode(c)
+		return m.decode(ctx, c)
 	}
 	start := time.Now()
 	if err := m.Engine.Run(ctx, m.request(c), nil, func(sample.Image) error { return nil }); err != nil {
@@ -128,6 +150,9 @@ func (m *Margo) Run(ctx context.Context, c Case) (Run, error) {
 	}
 	total := time.Since(start).Seconds()
 	p, k := m.Engine.Parts(), scale(c)
+	if m.Tok == nil {
+		p.Tokenizer = 0 // of a clock read twice
+	}
 	run := Run{Parts: map[string]float64{"encoder": p.Encoder.Seconds() * k, "decoder": p.Decoder.Seconds() * k,
 		"head": p.Head.Seconds() * k, "tokenizer": p.Tokenizer.Seconds()}}
 	looped := p.Encoder + p.Decoder + p.Head
@@ -136,7 +161,7 @@ func (m *Margo) Run(ctx context.Context, c Case) (Run, error) {
 	return run, nil
 }
 
-func (m *Margo) decode(c Case) (Run, error) {
+func (m *Margo) decode(ctx context.Context, c Case) (Run, error) {
 	x, err := engine.NewCtx(m.Device, m.DType)
 	if err != nil {
 		return Run{}, err
@@ -149,6 +174,9 @@ func (m *Margo) decode(c Case) (Run, error) {
 	}
 	start := time.Now()
 	for i := range c.Batch {
+		if err := ctx.Err(); err != nil {
+			return Run{}, engine.Errorf("bench", engine.Cancelled, "%w", err)
+		}
 		x.Scoped(func() {
 			x.Download(m.Tok.Decode(x, x.F32(v[i*h*w*ch:(i+1)*h*w*ch], 1, h, w, ch)))
 		})
@@ -162,22 +190,35 @@ type PyTorch struct {
 	Mode string // "eager": the authors' operations one for one; "tuned": the best we could make of it
 	Work Work
 	peer *Peer
-	rss  int64
 }
 
-// StartPyTorch starts the peer under root, which make peers has set up, and
-// loads the model: load holds the fields of its "load" command.
-func StartPyTorch(root, mode string, w Work, load map[string]any) (*PyTorch, error) {
+// FindPyTorch is the Python under root, margo's sources, that make peers has
+// set up.
+func FindPyTorch(root string) (string, error) {
 	python := filepath.Join(root, ".peers", "bin", "python")
-	if _, err := os.Stat(python); err != nil {
-		return nil, fmt.Errorf("PyTorch is not installed for this: run make peers first (%w)", err)
+	for _, path := range []string{python, server(root)} {
+		if _, err := os.Stat(path); err != nil {
+			return "", fmt.Errorf("the PyTorch to compare with is not installed: there is no %s; run make peers in the folder of margo's sources, and bench there or with --peers", path)
+		}
 	}
-	p, err := StartPeer(python, "-u", filepath.Join(root, "bench", "peers", "mar_torch.py"))
+	return python, nil
+}
+
+func server(root string) string { return filepath.Join(root, "bench", "peers", "mar_torch.py") }
+
+// StartPyTorch starts the peer under root and loads the model: load holds the
+// fields of its "load" command.
+func StartPyTorch(ctx context.Context, root, mode string, w Work, load map[string]any) (*PyTorch, error) {
+	python, err := FindPyTorch(root)
+	if err != nil {
+		return nil, err
+	}
+	p, err := StartPeer(python, "-u", server(root))
 	if err != nil {
 		return nil, err
 	}
 	load["cmd"], load["mode"] = "load", mode
-	if err := p.Call(load, nil, 10*time.Minute); err != nil {
+	if err := p.Call(ctx, load, nil, 10*time.Minute); err != nil {
 		p.Close()
 		return nil, err
 	}
@@ -190,8 +231,8 @@ func (p *PyTorch) Name() string { return "pytorch " + p.Mode }
 // Close ends the process.
 func (p *PyTorch) Close() error { return p.peer.Close() }
 
-// Memory is the largest resident size of the process that it reported.
-func (p *PyTorch) Memory() int64 { return p.rss }
+// PID is the Python process.
+func (p *PyTorch) PID() int { return p.peer.PID() }
 
 func (p *PyTorch) request(cmd string, c Case) map[string]any {
 	if c.Part == "decode" {
@@ -209,24 +250,22 @@ func (p *PyTorch) request(cmd string, c Case) map[string]any {
 const peerTimeout = 4 * time.Hour // a whole MAR-L sample takes PyTorch the better part of one
 
 // Warm lets the peer compile and fill its caches.
-func (p *PyTorch) Warm(_ context.Context, c Case) error {
-	return p.peer.Call(p.request("warm", c), nil, peerTimeout)
+func (p *PyTorch) Warm(ctx context.Context, c Case) error {
+	return p.peer.Call(ctx, p.request("warm", c), nil, peerTimeout)
 }
 
 // Run measures a case.
-func (p *PyTorch) Run(_ context.Context, c Case) (Run, error) {
+func (p *PyTorch) Run(ctx context.Context, c Case) (Run, error) {
 	var a struct {
 		Total float64 `json:"seconds_total"`
 		Enc   float64 `json:"enc"`
 		Dec   float64 `json:"dec"`
 		Head  float64 `json:"head"`
 		VAE   float64 `json:"vae"`
-		RSS   int64   `json:"peak_rss_kib"`
 	}
-	if err := p.peer.Call(p.request("run", c), &a, peerTimeout); err != nil {
+	if err := p.peer.Call(ctx, p.request("run", c), &a, peerTimeout); err != nil {
 		return Run{}, err
 	}
-	p.rss = max(p.rss, a.RSS<<10)
 	if c.Part == "decode" {
 		return Run{Seconds: a.Total, Parts: map[string]float64{"tokenizer": a.Total}}, nil
 	}
@@ -241,8 +280,11 @@ func (p *PyTorch) Run(_ context.Context, c Case) (Run, error) {
 // has just heated. Rows are in the order of sides.
 func Compare(ctx context.Context, c Case, sides []Side, reps int, log func(string)) ([]Row, error) {
 	rows := make([]Row, len(sides))
+	known := make([]bool, len(sides)) // the peak of memory is this case's
+	debug.FreeOSMemory()              // what earlier cases left
 	for i, s := range sides {
 		log(fmt.Sprintf("%s %s batch %d: %s warms up", c.Model, c.DType, c.Batch, s.Name()))
+		known[i] = resetPeak(s.PID())
 		if err := s.Warm(ctx, c); err != nil {
 			return nil, fmt.Errorf("%s: %w", s.Name(), err)
 		}
@@ -263,6 +305,11 @@ func Compare(ctx context.Context, c Case, sides []Side, reps int, log func(strin
 			}
 			log(fmt.Sprintf("%s %s batch %d: run %d of %d, %s: %.4g s/image", c.Model, c.DType, c.Batch, rep+1, reps, sides[i].Name(), r.Seconds/float64(c.Batch)))
 			rows[i].Runs = append(rows[i].Runs, r)
+		}
+	}
+	for i, s := range sides {
+		if known[i] {
+			rows[i].MemoryBytes = peakResident(s.PID())
 		}
 	}
 	return rows, nil

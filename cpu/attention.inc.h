@@ -81,7 +81,7 @@ V_INLINE void att_pack(const int dt, const struct mc_attention *a, struct att_se
 	}
 	h->ldv = in_place ? a->v.ld : MC_NR;
 	for (int64_t d = 0; d < dh; d += MC_NR, v += mc_panel_bytes(dt, h->nk)) {
-		const char *src = h->v + d * es;
+		const char *src = AT(h->v, d * es);
 		int64_t n = mc_min(MC_NR, dh - d);
 		h->vp[d / MC_NR] = in_place ? src : v;
 		if (in_place) continue;
@@ -150,10 +150,10 @@ V_INLINE void att_worker(const int dt, struct mc_worker *w, const struct mc_atte
 			packed = s * a->heads + head;
 			h.nk = a->koff[s + 1] - a->koff[s];
 			h.q = (char *)a->q.p + (a->qoff[s] * a->q.ld + head * a->dh) * es;
-			h.k = (char *)a->k.p + (a->koff[s] * a->k.ld + head * a->dh) * es;
-			h.v = (char *)a->v.p + (a->koff[s] * a->v.ld + head * a->dh) * es;
+			h.k = AT((const char *)a->k.p, (a->koff[s] * a->k.ld + head * a->dh) * es); // NULL if there are no keys at all
+			h.v = AT((const char *)a->v.p, (a->koff[s] * a->v.ld + head * a->dh) * es);
 			h.o = (char *)a->o.p + (a->qoff[s] * a->o.ld + head * a->dh) * es;
-			int in_place = dt == MC_F32 && h.nq <= MC_ATT_ROWS && a->dh % MC_NR == 0;
+			int in_place = dt == MC_F32 && h.nq <= MC_ATT_ROWS && a->dh % MC_NR == 0 && h.nk > 0;
 			att_pack(dt, a, &h, in_place, scratch + l.k, scratch + l.v);
 		}
 		for (; r0 < end; r0 += MC_ATT_ROWS) att_block(dt, a, &h, r0, mc_min(MC_ATT_ROWS, end - r0), scratch, &l);

@@ -4,8 +4,9 @@
 // one panel of 32 output channels after the other. The sum of an output runs
 // over (ky, kx, cin) in order.
 
-// conv_move copies n elements with conversion.
+// conv_move copies n elements with conversion; of none, src may be NULL.
 V_INLINE void conv_move(void *dst, int dst_dtype, const void *src, int src_dtype, int64_t n) {
+	if (n == 0) return;
 	if (dst_dtype == src_dtype) memcpy(dst, src, (size_t)(n * (dst_dtype == MC_BF16 ? 2 : 4)));
 	else if (dst_dtype == MC_BF16) to_bf16(dst, src, n);
 	else to_f32(dst, src, n);

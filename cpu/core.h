@@ -13,6 +13,12 @@
 #include <stddef.h>
 #include <stdint.h>
 
+// Every multiply-add is written as one. GCC keeps to that with -std=c11, Clang
+// has to be told.
+#if defined(__clang__)
+#pragma STDC FP_CONTRACT OFF
+#endif
+
 typedef uint16_t mc_bf16; // upper half of an IEEE binary32
 
 enum mc_status { MC_OK = 0, MC_NOMEM = 1, MC_INVALID = 2, MC_CANCELLED = 3 };
@@ -48,10 +54,11 @@ struct mc_worker {
 typedef void (*mc_fn)(struct mc_worker *w, void *ctx);
 
 // mc_parallel runs fn on nt workers (at least 1), the caller being worker 0, each
-// with scratch bytes of its own, and returns when all have finished. MC_NOMEM if
-// scratch or a thread cannot be had; then fn has not run. Regions of different
-// callers run side by side while the machine has CPUs for all their workers,
-// else in turn. Must not be called inside a region.
+// with scratch bytes of its own, and returns when all have finished. They are
+// fewer if the system gives no more threads: fn goes by w->nt. MC_NOMEM if
+// scratch cannot be had; then fn has not run. Regions of different callers run
+// side by side while there are CPUs for all their workers (mc_pool_cpus), else
+// in turn. Must not be called inside a region.
 int mc_parallel(int nt, size_t scratch, mc_fn fn, void *ctx);
 
 // mc_parallel_take is mc_parallel for an fn that gets all its work from mc_take
@@ -59,6 +66,13 @@ int mc_parallel(int nt, size_t scratch, mc_fn fn, void *ctx);
 // nothing left to do are not waited for. On a machine that is busy with other
 // programs that saves their time slices.
 int mc_parallel_take(int nt, size_t scratch, mc_fn fn, void *ctx);
+
+// mc_pool_cpus says how many CPUs the process may use, affinity and quota
+// counted: 1 until then. It returns the number before; n <= 0 only asks.
+int mc_pool_cpus(int n);
+// mc_pool_limit is the most worker threads that the pool makes from now on, as
+// if the system refused more; below 0: as many as it can (tests).
+void mc_pool_limit(int threads);
 
 // mc_barrier waits until all workers of the region have called it.
 void mc_barrier(struct mc_worker *w);

@@ -7,6 +7,9 @@ package cpu
 import "C"
 
 import (
+	"os"
+	"slices"
+	"strings"
 	"sync/atomic"
 	"unsafe"
 
@@ -32,9 +35,13 @@ func New(o Options) (*Device, error) {
 	if o.Threads < 0 || o.Threads > 1024 {
 		return nil, engine.Errorf("open cpu", engine.Invalid, "%d threads; use 1 to 1024, or 0 for all CPUs", o.Threads)
 	}
+	if isa := os.Getenv("MARGO_CPU_ISA"); isa != "" && !slices.Contains(ISAs(), isa) {
+		return nil, engine.Errorf("open cpu", engine.Invalid, "MARGO_CPU_ISA is %q; this machine runs %s", isa, strings.Join(ISAs(), ", "))
+	}
 	if o.Threads == 0 {
 		o.Threads = DefaultThreads()
 	}
+	poolCPUs()
 	return &Device{threads: o.Threads, poison: o.Poison}, nil
 }
 
@@ -180,7 +187,7 @@ func (v *views) weight(w *engine.Tensor, p engine.Packed, temp *[]*packed) (unsa
 		}
 		*temp = append(*temp, q)
 	} else if !ok || q.dev != v.dev || q.p == nil || q.n != w.Rows() || q.k != w.Cols() {
-		v.err = engine.Errorf("", engine.Invalid, "Packed of W %v is not from %s, was freed, or is of another weight", w, v.dev.Name())
+		v.fail(engine.Invalid, "Packed of W %v is not from %s, was freed, or is of another weight", w, v.dev.Name())
 		return nil, 0
 	}
 	return q.p, q.dtype

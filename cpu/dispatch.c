@@ -10,26 +10,30 @@ extern const struct mc_kernels mc_kernels_generic;
 extern const struct mc_kernels mc_kernels_avx512_bf16, mc_kernels_avx512, mc_kernels_avx2;
 #endif
 
-// runnable lists the tables this machine can run, best first, and ends with NULL.
-static const struct mc_kernels **runnable(void) {
-	static const struct mc_kernels *list[5];
-	const struct mc_kernels **p = list;
+// All tables, best first; the last runs anywhere.
+static const struct mc_kernels *const tables[] = {
 #if defined(__x86_64__)
-	__builtin_cpu_init();
+	&mc_kernels_avx512_bf16, &mc_kernels_avx512, &mc_kernels_avx2,
+#endif
+	&mc_kernels_generic,
+};
+enum { TABLES = sizeof tables / sizeof *tables };
+
+static int runnable(const struct mc_kernels *k) {
+#if defined(__x86_64__)
 	int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
 	int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
 	             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-	if (avx512 && __builtin_cpu_supports("avx512bf16")) *p++ = &mc_kernels_avx512_bf16;
-	if (avx512) *p++ = &mc_kernels_avx512;
-	if (avx2) *p++ = &mc_kernels_avx2;
+	if (k == &mc_kernels_avx512_bf16) return avx512 && __builtin_cpu_supports("avx512bf16");
+	if (k == &mc_kernels_avx512) return avx512;
+	if (k == &mc_kernels_avx2) return avx2;
 #endif
-	*p = &mc_kernels_generic;
-	return list;
+	return k == &mc_kernels_generic;
 }
 
 const struct mc_kernels *mc_kern_named(const char *name) {
-	for (const struct mc_kernels **p = runnable(); *p; p++)
-		if (!strcmp((*p)->name, name)) return *p;
+	for (int i = 0; i < TABLES; i++)
+		if (!strcmp(tables[i]->name, name)) return runnable(tables[i]) ? tables[i] : NULL;
 	return NULL;
 }
 
@@ -40,7 +44,8 @@ const struct mc_kernels *mc_kern(void) {
 	if (k) return k;
 	const char *name = getenv("MARGO_CPU_ISA");
 	k = name ? mc_kern_named(name) : NULL;
-	if (!k) k = runnable()[0];
+	for (int i = 0; !k; i++)
+		if (runnable(tables[i])) k = tables[i];
 	atomic_store_explicit(&chosen, k, memory_order_release);
 	return k;
 }

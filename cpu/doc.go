@@ -1,5 +1,6 @@
 // Package cpu is the CPU device of margo: engine.Device for the machine's own
-// cores, with no dependency beyond the C compiler.
+// cores, with no dependency beyond the C compiler. On amd64 that is GCC, whose
+// target pragmas choose the instruction sets; elsewhere Clang works too.
 //
 // Go checks arguments and resolves memory; everything else is C (core.h says
 // how it is layered). Kernels are written once, in the vectors of simd.h, and

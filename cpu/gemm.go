@@ -6,12 +6,14 @@ package cpu
 import "C"
 
 import (
+	"unsafe"
+
 	"margo/engine"
 )
 
 // Gemm is engine.Kernels.Gemm.
 func (s *stream) Gemm(a engine.GemmArgs) error {
-	return s.do(engine.OpGemm, a.Check(), func(v *views) C.int {
+	return s.do(engine.OpGemm, a.Check, func(v *views) C.int {
 		var temp []*packed
 		w, dtype := v.weight(a.W, a.Packed, &temp)
 		defer freeAll(temp)
@@ -22,7 +24,10 @@ func (s *stream) Gemm(a engine.GemmArgs) error {
 			epi: C.struct_mc_epilogue{y: v.ptr(a.Y), ldy: C.int64_t(a.Y.RowStride), y_dtype: C.int(a.Y.DType), act: C.int(a.Act)},
 		}
 		if a.Bias != nil {
-			g.epi.bias = v.f32(a.Bias.Slice(a.N0, a.N0+a.Y.Cols()))
+			// Contiguous, of any shape: of column N0 on.
+			if p := v.ptr(a.Bias); p != nil {
+				g.epi.bias = (*C.float)(unsafe.Add(p, a.N0*4))
+			}
 		}
 		if a.Gate != nil {
 			g.epi.gate, g.epi.ldg, g.epi.gate_rows = v.f32(a.Gate), C.int64_t(a.Gate.RowStride), C.int64_t(a.GateRows)

@@ -284,35 +284,18 @@ static void epilogue(const struct mc_epilogue *e, int64_t r0, int64_t c0, int64_
 V_INLINE void epi_fetch(const struct mc_epilogue *e, int64_t r0, int64_t c0, int64_t m) {
 	if (!e->gate && !e->res) return;
 	for (int64_t r = r0; r < r0 + m; r++) {
-		const float *gate = e->gate + (e->gate_rows > 1 ? r / e->gate_rows : r) * e->ldg + c0;
-		const float *res = e->res + r * e->ldr + c0;
-		if (e->gate) __builtin_prefetch(gate), __builtin_prefetch(gate + 16);
-		if (e->res) __builtin_prefetch(res), __builtin_prefetch(res + 16);
+		const float *gate = AT(e->gate, (e->gate_rows > 1 ? r / e->gate_rows : r) * e->ldg + c0);
+		const float *res = AT(e->res, r * e->ldr + c0);
+		if (gate) __builtin_prefetch(gate), __builtin_prefetch(gate + 16);
+		if (res) __builtin_prefetch(res), __builtin_prefetch(res + 16);
 	}
 }
 
-// gemm_part computes rows r0 … r0+m-1 of panels p0 … p1-1 of g, on one worker.
-// scratch has mc_gemm_scratch(g) bytes; where nothing is copied, MC_GEMM_TILE.
-static void gemm_part(const struct mc_gemm *g, int64_t r0, int64_t m, int64_t p0, int64_t p1, void *scratch) {
-	float *tile = scratch;
-	const char *x = (const char *)g->x + r0 * g->ldx * (g->x_dtype == MC_F32 ? 4 : 2);
-	int64_t ldx = g->ldx, blocks = mc_ceil(m, KMR), panel = mc_panel_bytes(g->w_dtype, g->k);
-	if (mc_gemm_copies(g, m)) {
-		// Into rows that start in different cache sets, in the dtype of W.
-		char *copy = (char *)scratch + MC_GEMM_TILE;
-		ldx = mc_gemm_ldcopy(g->k);
-		for (int64_t i = 0; i < m; i++) {
-			if (g->x_dtype == MC_F32 && g->w_dtype == MC_BF16)
-				to_bf16((mc_bf16 *)copy + i * ldx, (const float *)x + i * g->ldx, g->k);
-			else if (g->x_dtype == MC_BF16 && g->w_dtype == MC_F32)
-				to_f32((float *)copy + i * ldx, (const mc_bf16 *)x + i * g->ldx, g->k);
-			else if (g->w_dtype == MC_F32)
-				memcpy((float *)copy + i * ldx, (const float *)x + i * g->ldx, (size_t)g->k * 4);
-			else
-				memcpy((mc_bf16 *)copy + i * ldx, (const mc_bf16 *)x + i * g->ldx, (size_t)g->k * 2);
-		}
-		x = copy;
-	}
+// gemm_core multiplies m rows of x, in the dtype of W, by panels p0 … p1-1 of g;
+// they are rows r0 … r0+m-1 of Y. tile has MC_GEMM_TILE bytes.
+static void gemm_core(const struct mc_gemm *g, const void *x, int64_t ldx, int64_t r0, int64_t m, int64_t p0,
+                      int64_t p1, float *tile) {
+	int64_t blocks = mc_ceil(m, KMR), panel = mc_panel_bytes(g->w_dtype, g->k);
 	// With one block of rows B streams through once, and is fetched some way
 	// ahead. With more, it streams while the first block passes and comes from
 	// L2 for the others; so each block fetches its part of the next panel.
@@ -342,6 +325,30 @@ static void gemm_part(const struct mc_gemm *g, int64_t r0, int64_t m, int64_t p0
 			if (!direct) epilogue(&g->epi, r0 + lo, c0 - g->n0, hi - lo, c1 - c0, tile + c0 - p * MC_NR, MC_NR);
 		}
 	}
+}
+
+// gemm_part computes rows r0 … r0+m-1 of panels p0 … p1-1 of g on one worker,
+// whose scratch has mc_gemm_scratch(g) bytes.
+static void gemm_part(const struct mc_gemm *g, int64_t r0, int64_t m, int64_t p0, int64_t p1, void *scratch) {
+	const char *x = (const char *)g->x + r0 * g->ldx * (g->x_dtype == MC_F32 ? 4 : 2);
+	int64_t ldx = g->ldx;
+	if (mc_gemm_copies(g, m)) {
+		// Into rows that start in different cache sets, in the dtype of W.
+		char *copy = (char *)scratch + MC_GEMM_TILE;
+		ldx = mc_gemm_ldcopy(g->k);
+		for (int64_t i = 0; i < m; i++) {
+			if (g->x_dtype == MC_F32 && g->w_dtype == MC_BF16)
+				to_bf16((mc_bf16 *)copy + i * ldx, (const float *)x + i * g->ldx, g->k);
+			else if (g->x_dtype == MC_BF16 && g->w_dtype == MC_F32)
+				to_f32((float *)copy + i * ldx, (const mc_bf16 *)x + i * g->ldx, g->k);
+			else if (g->w_dtype == MC_F32)
+				memcpy((float *)copy + i * ldx, (const float *)x + i * g->ldx, (size_t)g->k * 4);
+			else
+				memcpy((mc_bf16 *)copy + i * ldx, (const mc_bf16 *)x + i * g->ldx, (size_t)g->k * 2);
+		}
+		x = copy;
+	}
+	gemm_core(g, x, ldx, r0, m, p0, p1, scratch);
 }
 
 static void gemm(struct mc_worker *w, const struct mc_gemm *g) {

@@ -168,6 +168,25 @@ func TestGemmFixedOrder(t *testing.T) {
 	})
 }
 
+// TestGemmBias: a contiguous bias may have any shape.
+func TestGemmBias(t *testing.T) {
+	f := open(t, 1)
+	const n, n0 = 40, 4
+	x, w := f.put(f32, []float32{1}, 1, 1), f.put(f32, make([]float32, n), n, 1)
+	bv := make([]float32, n)
+	for i := range bv {
+		bv[i] = float32(i + 1)
+	}
+	for _, shape := range [][]int{{n}, {1, n}, {n, 1}, {n / 8, 8}, {2, 2, n / 4}} {
+		bias, y := f.put(f32, bv, 1, n), f.tensor(f32, 1, n-n0, n-n0)
+		bias = bias.Reshape(shape...)
+		f.ok(f.s.Gemm(engine.GemmArgs{X: x, W: w, N0: n0, Bias: bias, Y: y}))
+		if i := sameBits(f.get(y), bv[n0:]); i >= 0 {
+			t.Errorf("bias %v: element %d is %v, want %v", shape, i, f.get(y)[i], bv[n0+i])
+		}
+	}
+}
+
 // TestGemmNaN: what is not a number stays so, and stays in its row.
 func TestGemmNaN(t *testing.T) {
 	eachISA(t, func(t *testing.T) {

@@ -12,13 +12,12 @@ import (
 	"margo/engine"
 )
 
-// modulationBytes is how much memory modulations of the head may take at once
-// if the caller does not say.
-const modulationBytes = 64 << 20
+// headBytes is how much memory the head loop may take if the caller does not say.
+const headBytes = 64 << 20
 
 // HeadSteps is engine.Kernels.HeadSteps, as one native call.
 func (s *stream) HeadSteps(a engine.HeadStepsArgs) error {
-	return s.do(engine.OpHeadSteps, a.Check(), func(v *views) C.int {
+	return s.do(engine.OpHeadSteps, a.Check, func(v *views) C.int {
 		var temp []*packed
 		defer func() { freeAll(temp) }()
 		depth := len(a.Weights.Blocks)
@@ -41,7 +40,7 @@ func (s *stream) HeadSteps(a engine.HeadStepsArgs) error {
 				max_log: C.double(c.MaxLog), last: flag(c.Last), exact: flag(a.ExactStep != nil && a.ExactStep[i])}
 			if steps[i].exact != 0 && exact != nil {
 				if len(exact.Blocks) != depth {
-					v.err = engine.Errorf("", engine.Invalid, "Exact has %d blocks, Weights has %d", len(exact.Blocks), depth)
+					v.fail(engine.Invalid, "Exact has %d blocks, Weights has %d", len(exact.Blocks), depth)
 					return 0
 				}
 				v.head(exact, &weights[1], blocks[depth:], &temp)
@@ -58,7 +57,7 @@ func (s *stream) HeadSteps(a engine.HeadStepsArgs) error {
 			budget: C.int64_t(a.Scratch),
 		}
 		if a.Scratch == 0 {
-			h.budget = modulationBytes
+			h.budget = headBytes
 		}
 		if len(steps) > 0 {
 			h.step = &steps[0]
@@ -73,6 +72,29 @@ func (s *stream) HeadSteps(a engine.HeadStepsArgs) error {
 		}
 		return C.mc_head_run(&h, C.int(s.dev.threads))
 	})
+}
+
+// headPlan tells for a head in F32 of the given shape, n tokens (twice the rows
+// if guided) and steps, how many tokens and steps run together, and the bytes
+// that takes. For tests.
+func headPlan(width, depth, ch, n int, guided bool, steps, budget, threads int) (tokens, chunk, bytes int) {
+	w := C.struct_mc_head_weights{depth: C.int64_t(depth)}
+	w.ada = C.struct_mc_matrix{n: C.int64_t((3*depth + 2) * width), k: C.int64_t(width)}
+	blocks := make([]C.struct_mc_head_block, depth)
+	w.blocks = unsafe.SliceData(blocks)
+	h := C.struct_mc_head{n: C.int64_t(n), rows: C.int64_t(n), width: C.int64_t(width), ch: C.int64_t(ch),
+		steps: C.int64_t(steps), budget: C.int64_t(budget), w: &w}
+	if guided {
+		h.rows *= 2
+	}
+	var pin runtime.Pinner
+	defer pin.Unpin()
+	pin.Pin(&w)
+	if depth > 0 {
+		pin.Pin(&blocks[0])
+	}
+	b := C.mc_head_plan(&h, C.int(threads))
+	return int(h._range), int(h.chunk), int(b)
 }
 
 func flag(b bool) C.int {
@@ -95,10 +117,10 @@ func (v *views) head(h *engine.HeadWeights, w *C.struct_mc_head_weights, b []C.s
 		depth: C.int64_t(len(b)), eps: C.float(h.Eps)}
 	for i := range b {
 		if b[i].fc1.dtype != w.ada.dtype || b[i].fc2.dtype != w.ada.dtype {
-			v.err = engine.Errorf("", engine.Unsupported, "blocks and Ada of a head packed in different dtypes")
+			v.fail(engine.Unsupported, "blocks and Ada of a head packed in different dtypes")
 		}
 	}
 	if w.input.dtype != C.MC_F32 || w.final.dtype != C.MC_F32 {
-		v.err = engine.Errorf("", engine.Unsupported, "input and final layer of a head packed in other than f32")
+		v.fail(engine.Unsupported, "input and final layer of a head packed in other than f32")
 	}
 }

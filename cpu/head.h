@@ -43,9 +43,12 @@ struct mc_head {
 	struct mc_rng rng;
 	float temperature;
 	const uint32_t *cancel; // or NULL
-	int64_t budget;         // bytes of modulations computed at once
+	int64_t budget;         // bytes that the columns schedule may take
 
-	// Set by mc_head_run.
+	// Set by mc_head_plan and mc_head_run. A call with more tokens than the budget
+	// allows runs range by range; then n, rows and the tensors are a range's.
+	int64_t total;  // tokens of the call: rows between the halves of cond, and between steps of noise and trace
+	int64_t range;  // tokens that run together
 	int by_rows;    // schedule: blocks of tokens, else columns of weights
 	int64_t blocks; // of tokens
 	int64_t chunk;  // steps whose modulations are computed at once
@@ -84,6 +87,10 @@ static inline size_t mc_head_layout(const struct mc_head *h, char *p, int64_t m,
 	b->ldm = ldm;
 	return at - (uintptr_t)p;
 }
+
+// mc_head_plan chooses schedule, range and chunk for a head with tokens and
+// steps, and returns the bytes of its shared buffers.
+size_t mc_head_plan(struct mc_head *h, int nt);
 
 // mc_head_run: MC_OK, MC_NOMEM or MC_CANCELLED.
 int mc_head_run(struct mc_head *h, int nt);

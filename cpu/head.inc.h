@@ -18,15 +18,17 @@ struct head_part {
 	struct mc_head *h;
 	struct mc_head_buf b;
 	int64_t t0, t1, r0, half;
-	float *tile; // scratch of gemm_part
+	float *tile; // scratch of gemm_core
 };
 
 // head_gemm multiplies m rows of x by panels p0 … p1-1 of w, outputs n0 … n0+n-1.
+// x has the dtype of w. It is used where it lies, however its rows do: that
+// costs the caller's x, read once a step, at most a few misses.
 static void head_gemm(const struct head_part *p, const struct mc_matrix *w, int64_t n0, int64_t n, int64_t p0,
                       int64_t p1, const void *x, int64_t ldx, int64_t m, struct mc_epilogue e) {
 	e.bias = AT(w->bias, n0);
 	struct mc_gemm g = {m, n, w->k, n0, x, ldx, w->dtype, w->dtype, w->w, e};
-	if (m > 0 && p1 > p0) gemm_part(&g, 0, m, p0, p1, p->tile);
+	if (m > 0 && p1 > p0) gemm_core(&g, x, ldx, 0, m, p0, p1, p->tile);
 }
 
 static void *head_operand(const struct head_part *p, void *base, int64_t r, int dtype) {
@@ -93,7 +95,7 @@ static void head_final(const struct head_part *p, const struct mc_matrix *final,
 	}
 	struct mc_mat x = {row(&h->x, p->t0), h->x.ld, MC_F32};
 	struct mc_mat out = {p->b.out + p->r0 * ldo, ldo, MC_F32};
-	struct mc_mat noise = {row(&h->noise, s * h->n + p->t0), h->noise.ld, MC_F32};
+	struct mc_mat noise = {row(&h->noise, s * h->total + p->t0), h->noise.ld, MC_F32};
 	struct mc_step step = {
 		.n = p->half, .c = h->ch, .x = x, .y = x, .out = out, .noise = noise,
 		.guidance = h->rows > h->n ? h->guidance + p->t0 : NULL, .ids = h->ids ? h->ids + 2 * p->t0 : NULL,
@@ -104,7 +106,7 @@ static void head_final(const struct head_part *p, const struct mc_matrix *final,
 	mc_step_rows(&step, 0, m);
 	if (h->trace.p)
 		for (int64_t t = p->t0; t < p->t1; t++)
-			memcpy(row(&h->trace, s * h->n + t), row(&h->x, t), (size_t)h->ch * 4);
+			memcpy(row(&h->trace, s * h->total + t), row(&h->x, t), (size_t)h->ch * 4);
 }
 
 static int head_cancelled(struct mc_head *h) {
@@ -122,7 +124,7 @@ static void head_block(const struct head_part *p, int64_t m) {
 		const struct mc_head_weights *w = h->step[s].exact ? h->exact : h->w;
 		int dtype = w->ada.dtype;
 		for (int64_t r = 0; r < m; r++) {
-			int64_t c = r < p->half ? p->t0 + r : h->n + p->t0 + r - p->half;
+			int64_t c = r < p->half ? p->t0 + r : h->total + p->t0 + r - p->half;
 			head_silu_sum(row(&h->time, s), row(&h->cond, c), head_operand(p, p->b.y, r, dtype), dtype, width);
 		}
 		head_input(p, &w->input);
@@ -171,9 +173,10 @@ static void head_mods(struct mc_worker *w, const struct head_part *p, const stru
 	int64_t m = (s1 - s0) * h->rows, lo, hi;
 	int dtype = wt->ada.dtype;
 	mc_share(w, m, 1, &lo, &hi);
-	for (int64_t i = lo; i < hi; i++)
-		head_silu_sum(row(&h->time, s0 + i / h->rows), row(&h->cond, i % h->rows), head_operand(p, p->b.y, i, dtype),
-		              dtype, h->width);
+	for (int64_t i = lo; i < hi; i++) {
+		int64_t r = i % h->rows, c = r < h->n ? r : h->total + r - h->n;
+		head_silu_sum(row(&h->time, s0 + i / h->rows), row(&h->cond, c), head_operand(p, p->b.y, i, dtype), dtype, h->width);
+	}
 	struct mc_epilogue e = {.y = p->b.mod, .ldy = p->b.ldm, .y_dtype = MC_F32, .bias = wt->ada.bias};
 	struct mc_gemm g = {m, wt->ada.n, wt->ada.k, 0, p->b.y, h->ldw, dtype, dtype, wt->ada.w, e};
 	mc_take_reset(w);

@@ -4,11 +4,13 @@ import (
 	"errors"
 	"fmt"
 	"math/rand"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
 
 	"margo/engine"
+	"margo/engine/mar"
 )
 
 // headFixture is a random head with the inputs of n tokens. The oracle's view
@@ -119,9 +121,120 @@ func TestHeadSchedules(t *testing.T) {
 	})
 }
 
+// strided copies t into a tensor whose rows are stride apart.
+func (f *fixture) strided(t *engine.Tensor, stride int) *engine.Tensor {
+	out := f.tensor(t.DType, t.Rows(), t.Cols(), stride)
+	f.set(out, f.get(t))
+	return out
+}
+
+// TestHeadComposition: the loop gives the bits of the single ops, also where
+// rows of X are as far apart as a GEMM of its own would not leave them.
+func TestHeadComposition(t *testing.T) {
+	eachISA(t, func(t *testing.T) {
+		for _, c := range []struct{ threads, n, width, ch, stride int }{
+			{1, 12, 72, 5, 5}, {1, 12, 72, 512, 512}, {3, 40, 72, 512, 1024}, {2, 1, 72, 512, 512}, // rows, and columns for one
+			{2, 24, 640, 512, 512}, // columns: the weights are large, in f32
+		} {
+			for _, dt := range []engine.DType{f32, bf16} {
+				if c.width > 100 && (dt == bf16 || testing.Short()) {
+					continue
+				}
+				const depth, steps = 2, 3
+				f := newHeadFixture(t, c.threads, c.n, c.width, depth, c.ch, steps, dt)
+				a := f.args(0, c.n)
+				a.X = f.strided(a.X, c.stride)
+				f.ok(f.s.HeadSteps(a))
+				got := f.get(a.X)
+
+				ctx, err := engine.NewCtx(f.d, dt)
+				f.ok(err)
+				f.set(a.X, f.x)
+				h := mar.Head{Channels: c.ch, Width: c.width, Blocks: make([]mar.ResBlock, depth)}
+				h.Compose(ctx, a)
+				f.ok(ctx.Err())
+				if i := sameBits(got, f.get(a.X)); i >= 0 {
+					t.Fatalf("%+v %v: element %d is %v, single ops give %v", c, dt, i, got[i], f.get(a.X)[i])
+				}
+				f.ok(ctx.Close())
+			}
+		}
+	})
+}
+
+// TestHeadBudget: with little memory the tokens run range by range, and the bits
+// stay.
+func TestHeadBudget(t *testing.T) {
+	const threads, n, width, depth, ch, steps = 64, 60, 72, 1, 5, 3 // more threads than tokens: columns
+	for _, c := range []struct {
+		dt            engine.DType
+		guided, given bool
+	}{{f32, true, true}, {bf16, true, false}, {f32, false, false}} {
+		f := newHeadFixture(t, threads, n, width, depth, ch, steps, c.dt)
+		f.guided = c.guided
+		noise := f.put(f32, randn(rand.New(rand.NewSource(5)), steps*n*ch, 1), steps*n, ch)
+		var want [2][]float32
+		for _, budget := range []int{0, 1, 200000} {
+			a := f.args(0, n)
+			a.X, a.Cond = f.strided(a.X, ch+3), f.strided(a.Cond, width+1)
+			if c.given {
+				a.IDs, a.Noise = nil, f.strided(noise, ch+2)
+			}
+			a.Trace = f.tensor(f32, steps*n, ch, ch+4)
+			a.Scratch = budget
+			f.ok(f.s.HeadSteps(a))
+			got := [2][]float32{f.get(a.X), f.get(a.Trace)}
+			if want[0] == nil {
+				want = got
+			}
+			for k, name := range []string{"x", "trace"} {
+				if i := sameBits(got[k], want[k]); i >= 0 {
+					t.Fatalf("%+v: %d bytes change element %d of %s: %v, was %v", c, budget, i, name, got[k][i], want[k][i])
+				}
+			}
+		}
+	}
+	if tokens, _, _ := headPlan(width, depth, ch, n, true, steps, 1, threads); tokens >= n {
+		t.Errorf("%d tokens run together: nothing was tested", tokens)
+	}
+}
+
+// TestHeadPlan: the loop keeps to its budget, whatever the batch, and does not
+// cut up what fits.
+func TestHeadPlan(t *testing.T) {
+	for _, c := range []struct{ width, depth, n int }{
+		{1024, 6, 1}, {1024, 6, 4}, {1280, 8, 4}, {1280, 8, 300}, {1280, 8, 64 * 64}, {1536, 12, 7}, {1536, 12, 256 * 256},
+	} {
+		tokens, chunk, bytes := headPlan(c.width, c.depth, 16, c.n, true, 100, headBytes, 2)
+		if bytes <= 0 || bytes > headBytes {
+			t.Errorf("%+v takes %d bytes", c, bytes)
+		}
+		if tokens > c.n || chunk < 1 || chunk > 100 {
+			t.Errorf("%+v: %d tokens, %d steps", c, tokens, chunk)
+		}
+		if tokens < c.n && tokens < 100 {
+			t.Errorf("%+v is cut into ranges of %d tokens", c, tokens)
+		}
+	}
+	// Without enough for a good size, what a block of rows takes.
+	if tokens, chunk, bytes := headPlan(1536, 12, 16, 1000, true, 100, 1, 2); tokens > 28 || chunk != 1 || bytes > 16<<20 {
+		t.Errorf("budget 1: %d tokens, %d steps, %d bytes", tokens, chunk, bytes)
+	}
+}
+
+// TestHeadFirstError: what is reported is what went wrong first.
+func TestHeadFirstError(t *testing.T) {
+	f := newHeadFixture(t, 1, 3, 64, 1, 4, 2, bf16)
+	a := f.args(0, 3)
+	f.ok(a.Weights.Ada.Packed.Free())
+	if err := f.s.HeadSteps(a); !errors.Is(err, engine.Invalid) || !strings.Contains(err.Error(), "was freed") {
+		t.Errorf("freed weight: %v", err)
+	}
+}
+
 // TestHeadCancel: a request to stop ends the loop soon, in both schedules.
 func TestHeadCancel(t *testing.T) {
-	for _, n := range []int{2, 40} {
+	for _, n := range []int{1, 40} {
 		f := newHeadFixture(t, 2, n, 128, 3, 4, 20000, f32)
 		a := f.args(0, n)
 		cancel := new(uint32)

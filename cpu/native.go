@@ -10,6 +10,8 @@ package cpu
 // #cgo noescape mc_free
 // #cgo nocallback mc_free
 // #cgo nocallback mc_kern
+// #cgo nocallback mc_pool_cpus
+// #cgo nocallback mc_pool_limit
 // #cgo nocallback mc_kern_named
 // #cgo nocallback mc_kern_force
 // #cgo nocallback mc_peak_flops
@@ -21,6 +23,7 @@ package cpu
 import "C"
 
 import (
+	"sync"
 	"unsafe"
 
 	"margo/engine"
@@ -60,10 +63,20 @@ func forceISA(name string) bool {
 	return k != nil
 }
 
+// poolCPUs tells the pool how many workers may run side by side.
+var poolCPUs = sync.OnceFunc(func() { setPoolCPUs(DefaultThreads()) })
+
+func setPoolCPUs(n int) (before int) { return int(C.mc_pool_cpus(C.int(n))) }
+
+// limitPool lets the pool make no worker threads beyond n, as a system without
+// resources does; below 0 takes that back. For tests.
+func limitPool(n int) { C.mc_pool_limit(C.int(n)) }
+
 // PeakFLOPS measures floating-point operations per second of threads threads
 // doing nothing but multiply-adds on registers: FMA in F32, dot products of
 // bf16 pairs with F32 sums in BF16.
 func PeakFLOPS(d engine.DType, threads int) float64 {
+	poolCPUs()
 	return float64(C.mc_peak_flops(C.int(d), C.int(threads)))
 }
 
@@ -71,6 +84,7 @@ func PeakFLOPS(d engine.DType, threads int) float64 {
 // order: a size beyond the last cache gives the memory's bandwidth. 0 when
 // there is no memory.
 func PeakRead(size, threads int) float64 {
+	poolCPUs()
 	return float64(C.mc_peak_stream(C.int64_t(size), C.int(threads)))
 }
 
@@ -90,10 +104,16 @@ func (d *Device) failed(op engine.Op, status C.int) error {
 }
 
 // views resolves tensors to addresses for one native call, and remembers the
-// first tensor that is not in this device's memory.
+// first thing that is wrong with them.
 type views struct {
 	dev *Device
 	err error
+}
+
+func (v *views) fail(k engine.Kind, format string, args ...any) {
+	if v.err == nil {
+		v.err = engine.Errorf("", k, format, args...)
+	}
 }
 
 func (v *views) ptr(t *engine.Tensor) unsafe.Pointer {
@@ -102,9 +122,7 @@ func (v *views) ptr(t *engine.Tensor) unsafe.Pointer {
 	}
 	b, ok := t.Buf.(*buffer)
 	if !ok || b.dev != v.dev || b.p == nil {
-		if v.err == nil {
-			v.err = engine.Errorf("", engine.Invalid, "tensor %v is not in memory of %s, or was freed", t, v.dev.Name())
-		}
+		v.fail(engine.Invalid, "tensor %v is not in memory of %s, or was freed", t, v.dev.Name())
 		return nil
 	}
 	return unsafe.Add(b.p, t.Off)

@@ -34,7 +34,7 @@ static int inside(const int32_t *index, int64_t count, int64_t lo, int64_t n) {
 int mc_rows_run(struct mc_rows *a, int nt) {
 	// Any negative ia or ib stands for nothing.
 	if (!inside(a->iy, a->count, 0, a->ny) || !inside(a->ia, a->count, INT32_MIN, a->na) ||
-	    (a->b.p && !inside(a->ib, a->count, INT32_MIN, a->nb)))
+	    !inside(a->ib, a->count, INT32_MIN, a->nb))
 		return MC_INVALID;
 	return by_rows(mc_kern()->ops->rows, a, nt, a->count * a->d);
 }

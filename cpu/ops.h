@@ -60,7 +60,7 @@ struct mc_gated {
 struct mc_rows {
 	int64_t count, d;
 	struct mc_mat y, a, b;
-	const int32_t *iy, *ia, *ib; // NULL: r itself
+	const int32_t *iy, *ia, *ib; // NULL: r itself; ib is NULL without b
 	int64_t ny, na, nb;
 	int act;
 };

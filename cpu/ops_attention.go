@@ -14,7 +14,7 @@ import (
 
 // Attention is engine.Kernels.Attention.
 func (s *stream) Attention(a engine.AttentionArgs) error {
-	return s.do(engine.OpAttention, a.Check(), func(v *views) C.int {
+	return s.do(engine.OpAttention, a.Check, func(v *views) C.int {
 		x := C.struct_mc_attention{
 			q: v.mat(a.Q), k: v.mat(a.K), v: v.mat(a.V), o: v.mat(a.O), qoff: v.offsets("QOff", a.QOff, a.QOffHost),
 			koff: v.offsets("KOff", a.KOff, a.KOffHost), seqs: C.int64_t(len(a.QOffHost) - 1),
@@ -32,7 +32,7 @@ func (s *stream) Attention(a engine.AttentionArgs) error {
 func (v *views) offsets(name string, t *engine.Tensor, host []int32) *C.int32_t {
 	p := v.i32(t)
 	if p != nil && !slices.Equal(unsafe.Slice((*int32)(p), len(host)), host) {
-		v.err = engine.Errorf("", engine.Invalid, "%s and %sHost differ", name, name)
+		v.fail(engine.Invalid, "%s and %sHost differ", name, name)
 	}
 	return p
 }

@@ -15,7 +15,7 @@ import (
 
 // TimestepEmbedding is engine.Kernels.TimestepEmbedding.
 func (s *stream) TimestepEmbedding(a engine.TimestepEmbeddingArgs) error {
-	return s.do(engine.OpTimestepEmbedding, a.Check(), func(v *views) C.int {
+	return s.do(engine.OpTimestepEmbedding, a.Check, func(v *views) C.int {
 		x := C.struct_mc_embed{m: C.int64_t(a.Y.Rows()), dim: C.int64_t(a.Y.Cols()), t: v.f32(a.T), y: v.mat(a.Y),
 			max_period: C.float(a.MaxPeriod)}
 		if v.err != nil {
@@ -27,7 +27,7 @@ func (s *stream) TimestepEmbedding(a engine.TimestepEmbeddingArgs) error {
 
 // Normal is engine.Kernels.Normal.
 func (s *stream) Normal(a engine.NormalArgs) error {
-	return s.do(engine.OpNormal, a.Check(), func(v *views) C.int {
+	return s.do(engine.OpNormal, a.Check, func(v *views) C.int {
 		x := C.struct_mc_normal{m: C.int64_t(a.Y.Rows()), c: C.int64_t(a.Y.Cols()), y: v.mat(a.Y), ids: v.i32(a.IDs), rng: draws(a.RNG)}
 		if v.err != nil {
 			return 0
@@ -38,7 +38,7 @@ func (s *stream) Normal(a engine.NormalArgs) error {
 
 // DiffusionStep is engine.Kernels.DiffusionStep.
 func (s *stream) DiffusionStep(a engine.DiffusionStepArgs) error {
-	return s.do(engine.OpDiffusionStep, a.Check(), func(v *views) C.int {
+	return s.do(engine.OpDiffusionStep, a.Check, func(v *views) C.int {
 		c := a.Coef
 		x := C.struct_mc_step{n: C.int64_t(a.Y.Rows()), c: C.int64_t(a.Y.Cols()), x: v.mat(a.X), y: v.mat(a.Y), out: v.mat(a.Out),
 			noise: v.mat(a.Noise), guidance: v.f32(a.Guidance), ids: v.i32(a.IDs), rng: draws(a.RNG),

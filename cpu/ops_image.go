@@ -13,7 +13,7 @@ import (
 
 // Conv2D is engine.Kernels.Conv2D.
 func (s *stream) Conv2D(a engine.Conv2DArgs) error {
-	return s.do(engine.OpConv2D, a.Check(), func(v *views) C.int {
+	return s.do(engine.OpConv2D, a.Check, func(v *views) C.int {
 		var temp []*packed
 		w, dtype := v.weight(a.W, a.Packed, &temp)
 		defer func() { freeAll(temp) }()
@@ -37,7 +37,7 @@ func (s *stream) Conv2D(a engine.Conv2DArgs) error {
 
 // GroupNorm is engine.Kernels.GroupNorm.
 func (s *stream) GroupNorm(a engine.GroupNormArgs) error {
-	return s.do(engine.OpGroupNorm, a.Check(), func(v *views) C.int {
+	return s.do(engine.OpGroupNorm, a.Check, func(v *views) C.int {
 		d := a.X.Shape
 		x := C.struct_mc_groupnorm{n: C.int64_t(d[0]), pixels: C.int64_t(d[1] * d[2]), ch: C.int64_t(d[3]), groups: C.int64_t(a.Groups),
 			x: v.mat(a.X), y: v.mat(a.Y), weight: v.f32(a.Weight), bias: v.f32(a.Bias), eps: C.float(a.Eps), act: C.int(a.Act)}

@@ -1,9 +1,11 @@
 package cpu
 
 import (
+	"errors"
 	"fmt"
 	"math"
 	"math/rand"
+	"strings"
 	"testing"
 
 	"margo/engine"
@@ -358,6 +360,57 @@ func TestNormalDraws(t *testing.T) {
 				if noise[i] != v {
 					t.Fatalf("the step drew %g where Normal drew %g", noise[i], v)
 				}
+			}
+		}
+	})
+}
+
+// TestRowsEmpty: an index into a tensor without rows is an error, one that names
+// nothing is not.
+func TestRowsEmpty(t *testing.T) {
+	f := open(t, 1)
+	a, y := f.put(engine.F32, []float32{1, 2}, 1, 2), f.tensor(engine.F32, 1, 2, 2)
+	empty := f.tensor(engine.F32, 0, 2, 2)
+	none, first := f.index([]int32{-1}), f.index([]int32{0})
+	f.ok(f.s.Rows(engine.RowsArgs{Y: y, A: a, B: empty, IB: none, Count: 1}))
+	if i := sameBits(f.get(y), []float32{1, 2}); i >= 0 {
+		t.Errorf("element %d is %v", i, f.get(y)[i])
+	}
+	f.ok(f.s.Rows(engine.RowsArgs{Y: y, A: a, IB: first, Count: 1})) // without B its index says nothing
+	for _, args := range []engine.RowsArgs{
+		{Y: y, A: a, B: empty, IB: first, Count: 1},
+		{Y: y, A: empty, IA: first, Count: 1},
+		{Y: empty, A: a, IY: first, Count: 1},
+	} {
+		if err := f.s.Rows(args); !errors.Is(err, engine.Invalid) {
+			t.Errorf("%+v: %v", args, err)
+		}
+	}
+}
+
+// TestAttentionFirstError: what is reported is what went wrong first.
+func TestAttentionFirstError(t *testing.T) {
+	f, other := open(t, 1), open(t, 1)
+	a := f.sequences(rand.New(rand.NewSource(1)), engine.F32, 1, 8, []int{2}, []int{2})
+	elems[int32](a.QOff)[1] = 1
+	if err := f.s.Attention(a); !errors.Is(err, engine.Invalid) || !strings.Contains(err.Error(), "QOffHost differ") {
+		t.Errorf("other offsets: %v", err)
+	}
+	a.K = other.put(engine.F32, make([]float32, 16), 2, 8)
+	if err := f.s.Attention(a); !errors.Is(err, engine.Invalid) || !strings.Contains(err.Error(), "not in memory") {
+		t.Errorf("a tensor of another device, and other offsets: %v", err)
+	}
+}
+
+// TestAttentionNoKeys: without any key the result is zero.
+func TestAttentionNoKeys(t *testing.T) {
+	eachISA(t, func(t *testing.T) {
+		for _, dt := range floats {
+			f := open(t, 1)
+			a := f.sequences(rand.New(rand.NewSource(1)), dt, 2, 32, []int{3}, []int{0})
+			f.ok(f.s.Attention(a))
+			if i := sameBits(f.get(a.O), make([]float32, 3*64)); i >= 0 {
+				t.Errorf("%v: element %d is %v", dt, i, f.get(a.O)[i])
 			}
 		}
 	})

@@ -1,4 +1,5 @@
 // peak.c: measured limits of the machine, for comparison with kernels.
+#include <string.h>
 #include <time.h>
 
 #include "core.h"
@@ -33,6 +34,7 @@ static void stream_worker(struct mc_worker *w, void *ctx) {
 static double rate(mc_fn fn, struct probe *p, int nt, int rounds) {
 	double best = 0;
 	for (int r = 0; r < rounds; r++) {
+		memset(p->done, 0, sizeof p->done); // there may be fewer workers than nt
 		double t = seconds(), work = 0;
 		if (mc_parallel(nt, 0, fn, p)) return 0;
 		t = seconds() - t;

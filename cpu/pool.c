@@ -59,10 +59,18 @@ static struct {
 	pthread_cond_t turn;
 	uint64_t arrived, admitted; // tickets of regions
 	int running;                // workers of admitted regions
-	int ncpu;
-	int threads;
+	atomic_int ncpu;
+	int threads, most; // worker threads there are, and may be
 	struct seat *idle, *callers; // free seats with and without a thread
-} pool = {.mu = PTHREAD_MUTEX_INITIALIZER, .turn = PTHREAD_COND_INITIALIZER};
+} pool = {.mu = PTHREAD_MUTEX_INITIALIZER, .turn = PTHREAD_COND_INITIALIZER, .ncpu = 1, .most = MAX_WORKERS};
+
+int mc_pool_cpus(int n) { return n > 0 ? atomic_exchange(&pool.ncpu, n) : atomic_load(&pool.ncpu); }
+
+void mc_pool_limit(int threads) {
+	pthread_mutex_lock(&pool.mu);
+	pool.most = threads < 0 ? MAX_WORKERS : threads;
+	pthread_mutex_unlock(&pool.mu);
+}
 
 static inline void relax(void) {
 #if defined(__x86_64__)
@@ -159,7 +167,7 @@ static struct seat *take_seat(struct seat **list, int thread) {
 		*list = s->next;
 		return s;
 	}
-	if (thread && pool.threads >= MAX_WORKERS) return NULL;
+	if (thread && pool.threads >= pool.most) return NULL;
 	s = new_seat(thread);
 	if (s && thread) pool.threads++;
 	return s;
@@ -170,31 +178,22 @@ static void give_seat(struct seat **list, struct seat *s) {
 	*list = s;
 }
 
-static int cpus(void) {
-	cpu_set_t set;
-	if (sched_getaffinity(0, sizeof set, &set)) return 1;
-	return CPU_COUNT(&set) > 0 ? CPU_COUNT(&set) : 1;
-}
-
 // admit waits for this region's turn and takes its seats: seat[0] for the
-// caller, the others with threads. Returns the status; on failure nothing is held.
+// caller, the others with threads. Returns how many, nt unless the system gives
+// no more threads; at 0, without memory for the first, nothing is held.
 static int admit(int nt, struct seat **seat) {
 	pthread_mutex_lock(&pool.mu);
-	if (!pool.ncpu) pool.ncpu = cpus();
 	uint64_t ticket = pool.arrived++;
 	while (ticket != pool.admitted || (pool.running > 0 && pool.running + nt > pool.ncpu))
 		pthread_cond_wait(&pool.turn, &pool.mu);
 	pool.admitted++;
 	int got = 0;
 	while (got < nt && (seat[got] = take_seat(got ? &pool.idle : &pool.callers, got > 0))) got++;
-	if (got == nt)
-		pool.running += nt;
-	else
-		while (got-- > 0) give_seat(got ? &pool.idle : &pool.callers, seat[got]);
+	pool.running += got;
 	int waiting = pool.arrived != pool.admitted;
 	pthread_mutex_unlock(&pool.mu);
 	if (waiting) pthread_cond_broadcast(&pool.turn);
-	return got < nt ? MC_NOMEM : MC_OK;
+	return got;
 }
 
 static void leave(int nt, struct seat **seat) {
@@ -210,8 +209,8 @@ static int parallel(int nt, size_t scratch, mc_fn fn, void *ctx, int withdraw) {
 	if (nt < 1) nt = 1;
 	if (nt > MAX_WORKERS) nt = MAX_WORKERS;
 	struct seat *seat[MAX_WORKERS];
-	int status = admit(nt, seat);
-	if (status) return status;
+	nt = admit(nt, seat);
+	if (nt == 0) return MC_NOMEM;
 	for (int i = 0; i < nt; i++)
 		if (!reserve(seat[i], scratch)) {
 			leave(nt, seat);

@@ -45,6 +45,38 @@ func TestPoolStress(t *testing.T) {
 	wg.Wait()
 }
 
+// TestPoolFewThreads: where the system gives no more threads, those there are do
+// the work.
+func TestPoolFewThreads(t *testing.T) {
+	one := newHeadFixture(t, 1, 3, 64, 2, 4, 4, f32)
+	a := one.args(0, 3)
+	one.ok(one.s.HeadSteps(a))
+	want := one.get(a.X)
+
+	limitPool(0)
+	defer limitPool(-1)
+	f := newHeadFixture(t, 900, 3, 64, 2, 4, 4, f32)
+	a = f.args(0, 3)
+	f.ok(f.s.HeadSteps(a))
+	if i := sameBits(f.get(a.X), want); i >= 0 {
+		t.Errorf("element %d differs", i)
+	}
+	if PeakFLOPS(f32, 900) <= 0 {
+		t.Error("no peak")
+	}
+}
+
+// TestPoolCPUs: the pool goes by the quota, as DefaultThreads does.
+func TestPoolCPUs(t *testing.T) {
+	open(t, 1)
+	n := DefaultThreads()
+	if got := setPoolCPUs(1); got != n {
+		t.Errorf("the pool counts on %d CPUs, DefaultThreads is %d", got, n)
+	}
+	defer setPoolCPUs(n)
+	TestTwoEngines(t) // in turn
+}
+
 // TestTwoEngines: two devices with streams of their own compute at the same
 // time, each what it computes alone.
 func TestTwoEngines(t *testing.T) {
@@ -111,6 +143,11 @@ func TestDevice(t *testing.T) {
 	if _, err := New(Options{Threads: -1}); !errors.Is(err, engine.Invalid) {
 		t.Errorf("negative threads: %v", err)
 	}
+	t.Setenv("MARGO_CPU_ISA", "avx1024")
+	if _, err := New(Options{}); !errors.Is(err, engine.Invalid) {
+		t.Errorf("unknown instruction set: %v", err)
+	}
+	os.Unsetenv("MARGO_CPU_ISA")
 	if _, err := f.d.Alloc(1 << 60); !errors.Is(err, engine.OutOfMemory) {
 		t.Errorf("allocating 2^60 bytes: %v", err)
 	}
@@ -141,6 +178,13 @@ func TestDevice(t *testing.T) {
 	if v := f.get(y)[0]; v != 11 {
 		t.Errorf("launch gave %v, want 11", v)
 	}
+	x.Shape = []int{1 << 20, 2}
+	y.Shape = []int{1 << 20, 1}
+	if err := f.s.Launch(g); !errors.Is(err, engine.Invalid) {
+		t.Errorf("launch with tensors that have become larger than their buffers: %v", err)
+	}
+	x.Shape, y.Shape = []int{1, 2}, []int{1, 1}
+	f.ok(f.s.Launch(g))
 	gone := f.put(f32, []float32{1, 2}, 1, 2)
 	g, err = f.s.Capture(func() error { return f.s.Gemm(engine.GemmArgs{X: gone, W: w, Y: y}) })
 	f.ok(err)

@@ -41,25 +41,34 @@ type event struct {
 // Close drops the event.
 func (e *event) Close() error { e.closed = true; return nil }
 
-// do runs or records an op whose arguments gave err. call resolves tensors with
-// v and makes the native call; where v.err is set it must not.
-func (s *stream) do(op engine.Op, err error, call func(v *views) C.int) error {
-	if err == nil && s.closed {
-		err = s.dev.errorf(op, engine.Invalid, "stream is closed")
-	}
-	if err != nil {
-		return s.dev.named(err)
+// do runs or records an op. check looks at its arguments, at every launch again:
+// a tensor may have changed since it was recorded. call resolves tensors with v
+// and makes the native call; where v.err is set it must not.
+func (s *stream) do(op engine.Op, check func() error, call func(v *views) C.int) error {
+	if s.closed {
+		return s.dev.errorf(op, engine.Invalid, "stream is closed")
 	}
 	run := func() error {
+		if err := check(); err != nil {
+			return s.dev.named(err)
+		}
 		v := views{dev: s.dev}
 		status := call(&v)
 		return s.dev.outcome(op, v.err, status)
 	}
-	if s.rec != nil {
-		s.rec.run = append(s.rec.run, run)
-		return nil
+	if s.rec == nil {
+		return run()
 	}
-	return run()
+	if err := check(); err != nil {
+		return s.dev.named(err)
+	}
+	s.rec.run = append(s.rec.run, run)
+	return nil
+}
+
+// mark is do for what only has to be allowed when it is called.
+func (s *stream) mark(op engine.Op, err error) error {
+	return s.do(op, func() error { return err }, func(*views) C.int { return C.MC_OK })
 }
 
 // Device is the device of the stream.
@@ -85,11 +94,10 @@ func (v *views) all(t *engine.Tensor) []byte {
 
 // CopyIn copies src to dst.
 func (s *stream) CopyIn(dst *engine.Tensor, src []byte) error {
-	err := engine.CheckHostCopy("copy in", dst, src)
-	if err == nil && s.rec != nil {
+	if s.rec != nil {
 		src = bytes.Clone(src)
 	}
-	return s.do("copy in", err, func(v *views) C.int {
+	return s.do("copy in", func() error { return engine.CheckHostCopy("copy in", dst, src) }, func(v *views) C.int {
 		copy(v.all(dst), src)
 		return C.MC_OK
 	})
@@ -97,11 +105,13 @@ func (s *stream) CopyIn(dst *engine.Tensor, src []byte) error {
 
 // CopyOut copies src to dst.
 func (s *stream) CopyOut(dst []byte, src *engine.Tensor) error {
-	err := engine.CheckHostCopy("copy out", src, dst)
-	if err == nil && s.rec != nil {
-		err = engine.Errorf("copy out", engine.Invalid, "stream is capturing")
+	check := func() error {
+		if s.rec != nil {
+			return engine.Errorf("copy out", engine.Invalid, "stream is capturing")
+		}
+		return engine.CheckHostCopy("copy out", src, dst)
 	}
-	return s.do("copy out", err, func(v *views) C.int {
+	return s.do("copy out", check, func(v *views) C.int {
 		copy(dst, v.all(src))
 		return C.MC_OK
 	})
@@ -109,7 +119,7 @@ func (s *stream) CopyOut(dst []byte, src *engine.Tensor) error {
 
 // Copy copies src to dst.
 func (s *stream) Copy(dst, src *engine.Tensor) error {
-	return s.do("copy", engine.CheckCopy(dst, src), func(v *views) C.int {
+	return s.do("copy", func() error { return engine.CheckCopy(dst, src) }, func(v *views) C.int {
 		if dst.Contiguous() && src.Contiguous() {
 			copy(v.all(dst), v.all(src))
 			return C.MC_OK
@@ -123,7 +133,7 @@ func (s *stream) Copy(dst, src *engine.Tensor) error {
 
 // Fill sets every element; an I32 takes x's integer part.
 func (s *stream) Fill(dst *engine.Tensor, x float32) error {
-	return s.do("fill", engine.CheckFill(dst), func(v *views) C.int {
+	return s.do("fill", func() error { return engine.CheckFill(dst) }, func(v *views) C.int {
 		for r := 0; r < dst.Rows(); r++ {
 			p := v.row(dst, r)
 			if len(p) == 0 {
@@ -150,8 +160,7 @@ func fill[E any](v []E, x E) {
 
 // Record marks the current point, which has been reached already.
 func (s *stream) Record() (engine.Event, error) {
-	err := s.do("record", nil, func(*views) C.int { return C.MC_OK })
-	return &event{dev: s.dev}, err
+	return &event{dev: s.dev}, s.mark("record", nil)
 }
 
 // Wait has nothing to wait for.
@@ -160,7 +169,7 @@ func (s *stream) Wait(e engine.Event) error {
 	if ev, ok := e.(*event); !ok || ev.dev != s.dev || ev.closed {
 		err = engine.Errorf("wait", engine.Invalid, "event is closed or of another device")
 	}
-	return s.do("wait", err, func(*views) C.int { return C.MC_OK })
+	return s.mark("wait", err)
 }
 
 // Capture records what f enqueues, without running it.
@@ -200,7 +209,7 @@ func (s *stream) Sync() error {
 	if s.rec != nil {
 		err = engine.Errorf("sync", engine.Invalid, "stream is capturing")
 	}
-	return s.do("sync", err, func(*views) C.int { return C.MC_OK })
+	return s.mark("sync", err)
 }
 
 // Close ends the stream.

@@ -24,13 +24,8 @@ var defaultThreads = sync.OnceValue(func() int {
 })
 
 // quota is the number of CPUs that cgroup limits allow, rounded up, or 0
-// without a limit. Both versions of the hierarchy are looked at, and every
-// level from the process's own group to the root.
+// without a limit.
 func quota(read func(string) ([]byte, error)) int {
-	groups, err := read("/proc/self/cgroup")
-	if err != nil {
-		return 0
-	}
 	limit := 0
 	lower := func(quota, period string) {
 		q, err1 := strconv.ParseInt(quota, 10, 64)
@@ -42,35 +37,51 @@ func quota(read func(string) ([]byte, error)) int {
 			limit = n
 		}
 	}
+	cgroups(read, "cpu", func(dir string, v2 bool) {
+		if v2 {
+			if b, err := read(path.Join(dir, "cpu.max")); err == nil {
+				if w := strings.Fields(string(b)); len(w) == 2 {
+					lower(w[0], w[1])
+				}
+			}
+			return
+		}
+		q, err1 := read(path.Join(dir, "cpu.cfs_quota_us"))
+		p, err2 := read(path.Join(dir, "cpu.cfs_period_us"))
+		if err1 == nil && err2 == nil {
+			lower(strings.TrimSpace(string(q)), strings.TrimSpace(string(p)))
+		}
+	})
+	return limit
+}
+
+// cgroups names the folders whose limits on a controller hold for this process:
+// in both versions of the hierarchy, every level from the process's own group
+// to the root.
+func cgroups(read func(string) ([]byte, error), controller string, visit func(dir string, v2 bool)) {
+	groups, err := read("/proc/self/cgroup")
+	if err != nil {
+		return
+	}
 	for s := bufio.NewScanner(bytes.NewReader(groups)); s.Scan(); {
 		f := strings.SplitN(s.Text(), ":", 3) // hierarchy:controllers:path
 		if len(f) != 3 {
 			continue
 		}
-		v2 := f[0] == "0" && f[1] == ""
-		if !v2 && !strings.Contains(","+f[1]+",", ",cpu,") {
-			continue
+		root, v2 := "/sys/fs/cgroup", f[0] == "0" && f[1] == ""
+		if !v2 {
+			if !strings.Contains(","+f[1]+",", ","+controller+",") {
+				continue
+			}
+			root = path.Join(root, controller)
 		}
 		for dir := path.Clean("/" + f[2]); ; dir = path.Dir(dir) {
-			if v2 {
-				if b, err := read(path.Join("/sys/fs/cgroup", dir, "cpu.max")); err == nil {
-					if w := strings.Fields(string(b)); len(w) == 2 {
-						lower(w[0], w[1])
-					}
-				}
-			} else {
-				q, err1 := read(path.Join("/sys/fs/cgroup/cpu", dir, "cpu.cfs_quota_us"))
-				p, err2 := read(path.Join("/sys/fs/cgroup/cpu", dir, "cpu.cfs_period_us"))
-				if err1 == nil && err2 == nil {
-					lower(strings.TrimSpace(string(q)), strings.TrimSpace(string(p)))
-				}
-			}
+			visit(path.Join(root, dir), v2)
 			if dir == "/" {
 				break
 			}
 		}
 	}
-	return limit
 }
 
 // cpuModel is the processor's name as the system tells it.
@@ -84,22 +95,57 @@ var cpuModel = sync.OnceValue(func() string {
 	return runtime.GOARCH
 })
 
-// memory is the machine's memory and how much of it is available, in bytes; 0
-// where the system does not tell.
-func memory() (total, free int64) {
-	b, _ := os.ReadFile("/proc/meminfo")
-	for _, line := range strings.Split(string(b), "\n") {
-		f := strings.Fields(line)
-		if len(f) < 2 {
-			continue
+// memory is the memory that this process may use and how much of it is
+// available, in bytes: the machine's, limited by its cgroups; 0 where the
+// system does not tell.
+func memory() (total, free int64) { return memoryOf(os.ReadFile) }
+
+func memoryOf(read func(string) ([]byte, error)) (total, free int64) {
+	b, _ := read("/proc/meminfo")
+	info := fields(b)
+	total, free = info["MemTotal:"]<<10, info["MemAvailable:"]<<10 // from KiB
+	cgroups(read, "memory", func(dir string, v2 bool) {
+		most, current, prefix := "memory.max", "memory.current", ""
+		if !v2 {
+			most, current, prefix = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
 		}
-		kb, _ := strconv.ParseInt(f[1], 10, 64)
-		switch f[0] {
-		case "MemTotal:":
-			total = kb << 10
-		case "MemAvailable:":
-			free = kb << 10
+		limit, ok := number(read, path.Join(dir, most))
+		if !ok { // "max": none
+			return
+		}
+		used, _ := number(read, path.Join(dir, current))
+		// Pages of files count as used but are given up when memory is short, as
+		// MemAvailable knows: a model that was just read is not in its own way.
+		b, _ := read(path.Join(dir, "memory.stat"))
+		stat := fields(b)
+		used -= min(used, stat[prefix+"active_file"]+stat[prefix+"inactive_file"])
+		if total == 0 || limit < total {
+			total = limit
+		}
+		if left := max(limit-used, 1); free == 0 || left < free { // 0 would be unknown
+			free = left
+		}
+	})
+	return total, free
+}
+
+// number reads a file that holds one number.
+func number(read func(string) ([]byte, error), name string) (int64, bool) {
+	b, err := read(name)
+	if err != nil {
+		return 0, false
+	}
+	n, err := strconv.ParseInt(strings.TrimSpace(string(b)), 10, 64)
+	return n, err == nil && n >= 0
+}
+
+// fields reads lines of a name and a number.
+func fields(b []byte) map[string]int64 {
+	out := map[string]int64{}
+	for s := bufio.NewScanner(bytes.NewReader(b)); s.Scan(); {
+		if f := strings.Fields(s.Text()); len(f) >= 2 {
+			out[f[0]], _ = strconv.ParseInt(f[1], 10, 64)
 		}
 	}
-	return total, free
+	return out
 }

@@ -1,5 +1,7 @@
 package engine
 
+import "math"
+
 // Arena is bump-allocated device memory for the activations of a step. It
 // grows by chunks while a first step shows what is needed; Reset then joins
 // the chunks into one, and later steps allocate nothing.
@@ -27,6 +29,9 @@ func NewArena(d Device) *Arena { return &Arena{dev: d} }
 func (a *Arena) Alloc(bytes int) (Buffer, int, error) {
 	if bytes < 0 {
 		return nil, 0, Errorf("arena", Invalid, "negative size %d", bytes)
+	}
+	if bytes > math.MaxInt/2 {
+		return nil, 0, Errorf("arena", OutOfMemory, "%d bytes asked", bytes)
 	}
 	n := (bytes + arenaAlign - 1) / arenaAlign * arenaAlign
 	for a.cur < len(a.chunks) && a.off+n > a.chunks[a.cur].Bytes() {

@@ -2,6 +2,7 @@ package engine
 
 import (
 	"errors"
+	"math"
 	"testing"
 )
 
@@ -108,6 +109,9 @@ func TestArenaReserve(t *testing.T) {
 	}
 	if _, _, err := a.Alloc(-1); !errors.Is(err, Invalid) {
 		t.Errorf("negative: %v", err)
+	}
+	if _, _, err := a.Alloc(math.MaxInt - 1); !errors.Is(err, OutOfMemory) {
+		t.Errorf("far too much: %v", err)
 	}
 	if _, _, err := a.Alloc(101 << 20); !errors.Is(err, OutOfMemory) {
 		t.Errorf("too much: %v", err)

@@ -2,6 +2,7 @@ package engine
 
 import (
 	"fmt"
+	"math"
 	"strings"
 )
 
@@ -152,7 +153,11 @@ func (c *check) groups(name string, t *Tensor, perName string, per, m, cols int)
 		return
 	}
 	c.matrix(name, t, t.Rows(), cols)
-	if need := (m + per - 1) / per; t.Rows() < need {
+	need := m / per
+	if m%per > 0 {
+		need++
+	}
+	if t.Rows() < need {
 		c.fail("%s has %d rows, %d rows in groups of %d need %d", name, t.Rows(), m, per, need)
 	}
 }
@@ -186,7 +191,7 @@ func (c *check) rng(r RNG, steps int) {
 	if r.Purpose == 0 || r.Purpose > 255 {
 		c.fail("RNG.Purpose is %d, want 1 to 255", r.Purpose)
 	}
-	if r.Step < 0 || r.Step+steps > 1<<24 {
+	if r.Step < 0 || r.Step > 1<<24-steps {
 		c.fail("RNG.Step is %d for %d steps, want 0 to 2^24", r.Step, steps)
 	}
 }
@@ -229,7 +234,14 @@ func overlap(a, b *Tensor) bool {
 	return d < a.Cols()*sa || d+b.Cols()*sb > stride
 }
 
-// end is the byte after the last element of a tensor that has one.
+// end is the byte after the last element of a tensor that has one, or
+// math.MaxInt where an int cannot hold that.
 func (t *Tensor) end() int {
-	return t.Off + ((t.Rows()-1)*t.RowStride+t.Cols())*t.DType.Size()
+	sum := func(a, b int) int {
+		if a > math.MaxInt-b {
+			return math.MaxInt
+		}
+		return a + b
+	}
+	return sum(volume(sum(volume(t.Rows()-1, t.RowStride), t.Cols()), t.DType.Size()), max(t.Off, 0))
 }

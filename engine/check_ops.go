@@ -27,7 +27,7 @@ func (a GemmArgs) Check() error {
 	m, n := a.Y.Rows(), a.Y.Cols()
 	c.list("Bias", a.Bias, onlyF32, a.W.Rows())
 	c.matrix("X", a.X, m, a.W.Cols())
-	if a.N0 < 0 || a.N0+n > a.W.Rows() {
+	if a.N0 < 0 || a.N0 > a.W.Rows()-n {
 		c.fail("N0 %d and %d columns of Y leave the %d rows of W", a.N0, n, a.W.Rows())
 	}
 	c.groups("Gate", a.Gate, "GateRows", a.GateRows, m, n)

@@ -106,6 +106,15 @@ func TestCheck(t *testing.T) {
 		{OpGemm, gemm(func(a *GemmArgs) { a.X = f32(4, 7) }), "X is 4×7, want 4×6"},
 		{OpGemm, gemm(func(a *GemmArgs) { a.N0 = 5 }), "N0 5 and 5 columns of Y leave the 9 rows of W"},
 		{OpGemm, gemm(func(a *GemmArgs) { a.N0 = -1 }), "N0 -1"},
+		{OpGemm, gemm(func(a *GemmArgs) { a.N0 = math.MaxInt - 2 }), "leave the 9 rows of W"},
+		{OpGemm, gemm(func(a *GemmArgs) { a.GateRows = math.MaxInt }), ""},
+		{OpGemm, gemm(func(a *GemmArgs) { a.Gate, a.GateRows = f32(0, 5), math.MaxInt }), "Gate has 0 rows"},
+		// Products that an int cannot hold: 2^64 elements, 2^63 bytes, a stride of 2^62.
+		{OpGemm, gemm(func(a *GemmArgs) { a.Y.Shape, a.Y.RowStride = []int{1 << 33, 1 << 31}, 1<<31 }), "Y takes bytes"},
+		{OpGemm, gemm(func(a *GemmArgs) { a.Y.Shape, a.Y.RowStride = []int{1 << 31, 1 << 30}, 1<<30 }), "Y takes bytes"},
+		{OpGemm, gemm(func(a *GemmArgs) { a.Y.RowStride = 1 << 62 }), "Y takes bytes"},
+		{OpGemm, gemm(func(a *GemmArgs) { a.Y.Off = math.MaxInt - 3 }), "Y takes bytes"},
+		{OpGemm, gemm(func(a *GemmArgs) { a.X.Shape = []int{1 << 40, 1 << 40, 6} }), "X takes bytes"},
 		{OpGemm, gemm(func(a *GemmArgs) { a.GateRows = 0 }), "GateRows is 0, want at least 1 with Gate"},
 		{OpGemm, gemm(func(a *GemmArgs) { a.GateRows = 1 }), "Gate has 2 rows, 4 rows in groups of 1 need 4"},
 		{OpGemm, gemm(func(a *GemmArgs) { a.Gate = f32(2, 6) }), "Gate is 2×6, want 2×5"},
@@ -203,6 +212,7 @@ func TestCheck(t *testing.T) {
 		{OpHeadSteps, head(func(a *HeadStepsArgs) { a.Steps[1].MinLog = nan }), "Steps[1] is not finite"},
 		{OpHeadSteps, head(func(a *HeadStepsArgs) { a.IDs = nil }), "neither Noise nor IDs"},
 		{OpHeadSteps, head(func(a *HeadStepsArgs) { a.RNG.Step = 1<<24 - 1 }), "RNG.Step"},
+		{OpHeadSteps, head(func(a *HeadStepsArgs) { a.RNG.Step = math.MaxInt }), "RNG.Step"},
 		{OpHeadSteps, head(func(a *HeadStepsArgs) { a.Scratch = -1 }), "Scratch: -1"},
 
 		{OpConv2D, conv(func(a *Conv2DArgs) {}), ""},

@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"math"
 	"sync/atomic"
 	"unsafe"
 )
@@ -67,9 +68,10 @@ func (c *Ctx) New(d DType, shape ...int) *Tensor {
 	if c.err != nil {
 		return nil
 	}
-	n := d.Size()
-	for _, s := range shape {
-		n *= s
+	n := volume(volume(shape...), d.Size())
+	if n == math.MaxInt {
+		c.err = Errorf("new", Invalid, "%v%s cannot be: a negative dimension, or too many elements", d, ShapeString(shape))
+		return nil
 	}
 	buf, off, err := c.Arena.Alloc(n)
 	if err != nil {

@@ -41,6 +41,19 @@ func TestCtxRoundTrip(t *testing.T) {
 	}
 }
 
+// Shapes whose number of elements or bytes no int holds.
+func TestCtxNewTooLarge(t *testing.T) {
+	c := newCtx(t)
+	for _, shape := range [][]int{{1 << 33, 1 << 31}, {1 << 61}, {1 << 21, 1 << 21, 1 << 21}, {-1}, {-2, -3}} {
+		if x := c.New(engine.F32, shape...); x != nil || !errors.Is(c.ClearErr(), engine.Invalid) {
+			t.Errorf("%v gave %v", shape, x)
+		}
+	}
+	if x := c.New(engine.F32, 1<<40, 0); x == nil || x.Elems() != 0 {
+		t.Errorf("an empty tensor: %v, %v", x, c.Err())
+	}
+}
+
 func TestCtxStickyError(t *testing.T) {
 	c := newCtx(t)
 	x := c.F32([]float32{1, 2}, 1, 2)

@@ -249,7 +249,7 @@ type HeadStepsArgs struct {
 	Temperature   float32
 	Trace         *Tensor
 	Cancel        *uint32
-	Scratch       int // bytes the modulations may take; 0: the device's default
+	Scratch       int // bytes of memory the loop may take for itself, if it can do with them; 0: the device's default
 }
 
 // Conv2DArgs: Y = Residual + conv(up(X), W) + Bias in NHWC.

@@ -35,7 +35,8 @@ func Counter(p Purpose, step, element, token, image int) [4]uint32 {
 	return [4]uint32{uint32(element / 4), uint32(p)<<24 | uint32(step)&0xffffff, uint32(token), uint32(image)}
 }
 
-// Uniform maps a word to (0,1): (⌊w/2^8⌋ + ½)·2^-24. Exact in float32.
+// Uniform maps a word to (0,1): (⌊w/2^8⌋ + ½)·2^-24. It takes 25
+// bits: computed in float64 everywhere.
 func Uniform(w uint32) float64 { return (float64(w>>8) + 0.5) / (1 << 24) }
 
 // NormalAt is element e of the normal draws of (rng, token, image), by

@@ -2,6 +2,8 @@ package engine
 
 import (
 	"fmt"
+	"math"
+	"math/bits"
 	"strings"
 )
 
@@ -32,9 +34,20 @@ func NewTensor(buf Buffer, off int, d DType, shape ...int) *Tensor {
 
 // Elems is the number of elements.
 func (t *Tensor) Elems() int {
+	return volume(t.Shape...)
+}
+
+// volume is the product of dimensions, and math.MaxInt where an int cannot hold
+// it or one is negative. No buffer is that large, so nothing that is checked
+// against one passes.
+func volume(dims ...int) int {
 	n := 1
-	for _, s := range t.Shape {
-		n *= s
+	for _, d := range dims {
+		hi, lo := bits.Mul64(uint64(n), uint64(d))
+		if hi != 0 || lo > math.MaxInt {
+			return math.MaxInt
+		}
+		n = int(lo)
 	}
 	return n
 }
@@ -49,27 +62,19 @@ func (t *Tensor) Cols() int {
 
 // Rows is the product of all dimensions but the last.
 func (t *Tensor) Rows() int {
-	n := 1
-	for i := 0; i < len(t.Shape)-1; i++ {
-		n *= t.Shape[i]
-	}
-	return n
+	return volume(t.Shape[:max(len(t.Shape)-1, 0)]...)
 }
 
 // Contiguous reports whether rows follow each other without a gap.
 func (t *Tensor) Contiguous() bool { return t.RowStride == t.Cols() || t.Rows() <= 1 }
 
 // Bytes is the size of the elements, without gaps.
-func (t *Tensor) Bytes() int { return t.Elems() * t.DType.Size() }
+func (t *Tensor) Bytes() int { return volume(t.Elems(), t.DType.Size()) }
 
 // Reshape views a contiguous tensor with another shape of as many elements.
 // A mismatch returns nil, which the next op on a Ctx reports.
 func (t *Tensor) Reshape(shape ...int) *Tensor {
-	n := 1
-	for _, s := range shape {
-		n *= s
-	}
-	if t == nil || n != t.Elems() || !t.Contiguous() {
+	if t == nil || volume(shape...) != t.Elems() || !t.Contiguous() {
 		return nil
 	}
 	return NewTensor(t.Buf, t.Off, t.DType, shape...)

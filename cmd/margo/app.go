@@ -11,7 +11,8 @@ import (
 	"github.com/sirupsen/logrus"
 	"github.com/urfave/cli/v2"
 
-	"margo/engine/imageio"
+	"margo/bench"
+	"margo/engine/atomicfile"
 )
 
 const tagline = "images from masked autoregressive models, without vector quantization"
@@ -27,7 +28,7 @@ func run(args []string, stdout, stderr io.Writer, signals <-chan os.Signal) (cod
 	defer close(done)
 	defer func() {
 		if p := recover(); p != nil {
-			imageio.RemoveUnfinished()
+			atomicfile.RemoveUnfinished()
 			fmt.Fprintf(stderr, "margo: internal error: %s: this is a bug in margo; --log-level debug shows where\n", oneLine(fmt.Sprint(p)))
 			log.Debugf("%s", debug.Stack())
 			code = exitFailed
@@ -48,7 +49,8 @@ func run(args []string, stdout, stderr io.Writer, signals <-chan os.Signal) (cod
 		case <-done:
 			return
 		}
-		imageio.RemoveUnfinished()
+		atomicfile.RemoveUnfinished()
+		bench.KillPeers()
 		os.Exit(exitInterrupted)
 	}()
 

@@ -1,10 +1,9 @@
 package main
 
 import (
-	"errors"
+	"context"
 	"fmt"
-	"os"
-	"path/filepath"
+	"io"
 	"slices"
 	"strconv"
 	"strings"
@@ -14,47 +13,55 @@ import (
 
 	"margo/bench"
 	"margo/engine"
+	"margo/engine/atomicfile"
 	"margo/engine/checkpoint"
-	"margo/engine/load"
 	"margo/engine/mar"
 	"margo/engine/sample"
-	"margo/engine/tokenizer"
 )
 
 func benchCommand() *cli.Command {
 	return &cli.Command{
 		Name:      "bench",
 		Usage:     "measure images per second, alone or against PyTorch",
-		UsageText: "margo bench --model LIST [--batch LIST] [--dtype LIST] [flags]",
-		Description: `Every combination of --model, --dtype and --batch is sampled --reps times, all sides in turn on the same machine, and the medians are printed with time per part, FLOPs and the share of the machine's peak, which is measured just before. A model is a file, or a name with random weights: mar-base, mar-large, mar-huge, or kl-16, the tokenizer alone.
+		UsageText: "margo bench [--model LIST] [--batch LIST] [--dtype LIST] [flags]",
+		Description: `Times how long margo takes to sample images, and prints a row for each combination of --model, --dtype and --batch: images per second, seconds by part of the model, memory, and how much of this machine's speed that is. No images are written. A row is the median of --reps runs; "spread" is the distance between the slowest and the fastest.
 
-Peak share counts the FLOPs of the authors' algorithm, so work that margo avoids counts as done; "own TFLOP" is what it really executes.
+A model is a file, or a name: mar-base, mar-large and mar-huge are the paper's models with random weights, which take as long as trained ones, so nothing need be downloaded; kl-16 is their tokenizer alone, which turns latents into pixels. Whole samples of the paper's models take minutes on a CPU: --subset 8 runs 8 of the iterations, evenly spread, and scales the time; the report says so.
 
---against pytorch runs the same work in PyTorch (make peers installs it): "eager" computes the authors' operations one for one, "tuned" is the fastest PyTorch we could write. --subset runs only some of the iterations, the same on every side, and scales; the report says so.
+--against pytorch lets PyTorch do the same work, in turn with margo on the same threads: "eager" computes the authors' operations one for one, "tuned" is the fastest PyTorch that we could write. Run make peers once, in the folder of margo's sources, to install it. It reads safetensors files only; margo convert makes them.
+
+"peak share" is the speed reached over the fastest matrix product measured here, before the first case and after each. It counts the arithmetic of the authors' algorithm for every side, so work that margo avoids counts as done; "own TFLOP" is what margo really executes.
+
+Measure on a machine that does nothing else. Ctrl-C stops, PyTorch too, and still reports the cases that are complete; so does a case that fails.
 
 Examples:
-  margo bench --model mar-base --batch 1,4 --dtype f32,bf16 --cfg 3 --subset 8 --against pytorch
-  margo bench --model models/fashion-mar.safetensors --batch 8,100 --reps 5
+  margo bench --subset 8
+  margo bench --model mar-base --batch 1,4 --dtype f32,bf16 --subset 8 --against pytorch
+  margo bench --model models/fashion-mar.safetensors --batch 8,100 --reps 5 --decode
+  margo bench --model mar-base.pth --heads 12 --which ema --subset 8
   margo bench --model kl-16 --against pytorch --format json --out decode.json`,
-		Flags: []cli.Flag{
-			&cli.StringFlag{Name: "model", Aliases: []string{"m"}, Category: "Work", Value: "mar-base", Usage: "`LIST`|of files and names"},
-			&cli.StringFlag{Name: "batch", Category: "Work", Value: "1", Usage: "`LIST`|of batch sizes"},
-			&cli.StringFlag{Name: "dtype", Category: "Work", Value: "f32", Usage: "`LIST`|of f32 and bf16"},
-			&cli.IntFlag{Name: "iters", Category: "Work", DefaultText: "the model's, else 64", Usage: "`N`|autoregressive iterations"},
-			&cli.IntFlag{Name: "head-steps", Category: "Work", DefaultText: "the model's, else 100", Usage: "`N`|diffusion steps of the head"},
-			&cli.IntFlag{Name: "max-timestep", Category: "Work", DefaultText: "the model's, else 999", Usage: "`T`|largest diffusion timestep"},
-			&cli.Float64Flag{Name: "cfg", Category: "Work", DefaultText: "the model's, else 3", Usage: "`S`|guidance scale; 1 is off"},
-			&cli.StringFlag{Name: "cfg-schedule", Category: "Work", Value: sample.Linear, Usage: "`KIND`|linear or constant"},
-			&cli.BoolFlag{Name: "decode", Category: "Work", Usage: "decode the images too (random KL-16 weights for a named model)"},
-			&cli.IntFlag{Name: "subset", Category: "Work", DefaultText: "all", Usage: "run `N`|of the iterations, evenly spread (at least 8 for figures that are quoted)"},
-			&cli.IntFlag{Name: "reps", Category: "Work", Value: 3, Usage: "`N`|runs of each side"},
-			&cli.StringFlag{Name: "against", Category: "Work", Usage: "`PEERS`|to compare with: pytorch (both modes), pytorch-eager, pytorch-tuned"},
-			&cli.StringFlag{Name: "peers", Category: "Work", Value: ".", Usage: "`DIR`|of margo's sources, where make peers was run"},
+		Flags: slices.Concat([]cli.Flag{
+			&cli.StringFlag{Name: "model", Aliases: []string{"m"}, Category: "Model", Value: "mar-base", Usage: "`LIST`|of files (safetensors, .pth, .pt or .ckpt) and names: mar-base, mar-large, mar-huge, kl-16"},
+			&cli.StringFlag{Name: "tokenizer", Category: "Model", DefaultText: "the file that the model names, beside it; for a named model KL-16 with random weights", Usage: "`FILE`|the KL tokenizer's weights, for --decode"},
+		}, shapeFlags(), []cli.Flag{
+			&cli.StringFlag{Name: "batch", Category: "Work", Value: "1", Usage: "`LIST`|of batch sizes: images sampled at a time"},
+			&cli.StringFlag{Name: "dtype", Category: "Work", Value: "f32", Usage: "`LIST`|of number formats to compute in: f32, bf16"},
+			&cli.IntFlag{Name: "iters", Category: "Work", DefaultText: "the model's, else 64", Usage: "`N`|autoregressive iterations, at least 1; the paper uses 64 to 256"},
+			&cli.IntFlag{Name: "head-steps", Category: "Work", DefaultText: "the model's, else 100", Usage: "`N`|diffusion steps for each token, 1 to 1000"},
+			&cli.IntFlag{Name: "max-timestep", Category: "Work", DefaultText: "the model's, else 999", Usage: "`T`|largest diffusion timestep, 0 to 999; does not change the speed"},
+			&cli.Float64Flag{Name: "cfg", Category: "Work", DefaultText: "the model's; 3 for a named model", Usage: "`S`|classifier-free guidance scale; 1 is off and about twice as fast, other values take the same time"},
+			&cli.StringFlag{Name: "cfg-schedule", Category: "Work", DefaultText: "the model's, else linear", Usage: "`KIND`|linear or constant; does not change the speed"},
+			&cli.BoolFlag{Name: "decode", Category: "Work", Usage: "turn the latents into pixels too, and time that as \"tokenizer\""},
+			&cli.IntFlag{Name: "subset", Category: "Work", DefaultText: "all", Usage: "run `N`|of the iterations, evenly spread, and scale (take at least 8 for figures that you quote)"},
+			&cli.IntFlag{Name: "reps", Category: "Work", Value: 3, Usage: "`N`|measured runs of each side, after one to warm up"},
+
+			&cli.StringFlag{Name: "against", Category: "Comparison", DefaultText: "margo alone", Usage: "`PEERS`|to compare with: pytorch (both modes), pytorch-eager, pytorch-tuned"},
+			&cli.StringFlag{Name: "peers", Category: "Comparison", Value: ".", Usage: "`DIR`|of margo's sources, where make peers was run"},
 			deviceFlag(),
 			threadsFlag(),
-			&cli.StringFlag{Name: "format", Category: "Output", Value: "table", Usage: "`FORMAT`|" + strings.Join(bench.Formats, ", ")},
-			&cli.StringFlag{Name: "out", Aliases: []string{"o"}, Category: "Output", Usage: "write to `FILE`|instead of standard output"},
-		},
+			&cli.StringFlag{Name: "format", Category: "Output", Value: "table", Usage: "`FORMAT`|table; csv or json with all figures (json with every run); benchstat for Go's tool of that name"},
+			&cli.StringFlag{Name: "out", Aliases: []string{"o"}, Category: "Output", DefaultText: "standard output", Usage: "write the report to `FILE`|(complete or not at all)"},
+		}),
 		Action: runBench,
 	}
 }
@@ -66,48 +73,33 @@ type benchJob struct {
 	dev     engine.Device
 	modes   []string // of PyTorch
 	batches []int
+	dtypes  []engine.DType
 	report  *bench.Report
 }
 
-func runBench(c *cli.Context) (err error) {
-	if c.NArg() > 0 {
-		return usagef("bench takes no arguments; name models with --model")
+func runBench(c *cli.Context) error {
+	// What the flags alone decide, then what files decide, then the work.
+	j, err := readBenchFlags(c)
+	if err != nil {
+		return err
 	}
-	for _, f := range []struct {
-		name      string
-		low, high int
-	}{{"iters", 1, 1 << 20}, {"head-steps", 2, 1000}, {"max-timestep", 1, 999}, {"subset", 1, 1 << 20}, {"reps", 1, 1000}, {"threads", 1, 1024}} {
-		if err := inRange(c, f.name, f.low, f.high); err != nil {
+	if len(j.modes) > 0 {
+		if _, err := bench.FindPyTorch(c.String("peers")); err != nil {
+			return failf("%w", err)
+		}
+	}
+	if c.IsSet("out") {
+		if err := checkWritable(c.String("out")); err != nil {
 			return err
 		}
 	}
-	if err := errors.Join(oneOf(c, "format", bench.Formats...), oneOf(c, "cfg-schedule", sample.Linear, sample.Constant)); err != nil {
-		return err
-	}
-	j := &benchJob{c: c, log: c.App.Metadata["log"].(*logrus.Logger)}
-	switch c.String("against") {
-	case "":
-	case "pytorch":
-		j.modes = []string{"eager", "tuned"}
-	case "pytorch-eager", "pytorch-tuned":
-		j.modes = []string{strings.TrimPrefix(c.String("against"), "pytorch-")}
-	default:
-		return usagef("--against: %q is not a peer; use pytorch, pytorch-eager or pytorch-tuned", c.String("against"))
-	}
-	for _, s := range strings.Split(c.String("batch"), ",") {
-		n, err := strconv.Atoi(strings.TrimSpace(s))
-		if err != nil || n < 1 || n > 1<<16 {
-			return usagef("--batch: %q is not a batch size", s)
-		}
-		j.batches = append(j.batches, n)
-	}
-	var dtypes []engine.DType
-	for _, s := range strings.Split(c.String("dtype"), ",") {
-		d, err := engine.ParseDType(strings.TrimSpace(s))
+	var subjects []*subject
+	for _, name := range strings.Split(c.String("model"), ",") {
+		s, err := j.subject(strings.TrimSpace(name))
 		if err != nil {
-			return usagef("--dtype: %q is not a dtype; use f32, bf16 or both", s)
+			return err
 		}
-		dtypes = append(dtypes, d)
+		subjects = append(subjects, s)
 	}
 	if j.dev, err = openDevice(c.String("device"), c.Int("threads")); err != nil {
 		return err
@@ -115,25 +107,115 @@ func runBench(c *cli.Context) (err error) {
 	defer j.dev.Close()
 	j.report = &bench.Report{Machine: bench.ThisMachine()}
 	j.measure()
-	for _, name := range strings.Split(c.String("model"), ",") {
-		for _, d := range dtypes {
-			if err := j.model(strings.TrimSpace(name), d); err != nil {
+	return j.finish(j.all(subjects))
+}
+
+// readBenchFlags checks all that can be said without a file.
+func readBenchFlags(c *cli.Context) (*benchJob, error) {
+	if c.NArg() > 0 {
+		return nil, usagef("bench takes no arguments, only flags: what is %q?", c.Args().First())
+	}
+	for _, f := range []struct {
+		name      string
+		low, high int
+	}{{"iters", 1, 1 << 20}, {"head-steps", 1, 1000}, {"max-timestep", 0, 999}, {"subset", 1, 1 << 20}, {"reps", 1, 1000}, {"threads", 1, 4096}} {
+		if err := inRange(c, f.name, f.low, f.high); err != nil {
+			return nil, err
+		}
+	}
+	if v := c.Float64("cfg"); !(v >= 0 && v <= 1e4) {
+		return nil, usagef("--cfg is %g, it must be between 0 and 10000", v)
+	}
+	if err := oneOf(c, "format", bench.Formats...); err != nil {
+		return nil, err
+	}
+	if c.IsSet("cfg-schedule") {
+		if err := oneOf(c, "cfg-schedule", sample.Linear, sample.Constant); err != nil {
+			return nil, err
+		}
+	}
+	if c.IsSet("out") && c.String("out") == "" {
+		return nil, usagef("--out is empty; name a file")
+	}
+	if c.IsSet("tokenizer") && !c.Bool("decode") {
+		return nil, usagef("--tokenizer is used with --decode only")
+	}
+	j := &benchJob{c: c, log: logger(c)}
+	switch against := c.String("against"); against {
+	case "":
+	case "pytorch":
+		j.modes = []string{"eager", "tuned"}
+	case "pytorch-eager", "pytorch-tuned":
+		j.modes = []string{strings.TrimPrefix(against, "pytorch-")}
+	default:
+		return nil, usagef("--against: %q is not a peer; use pytorch, pytorch-eager or pytorch-tuned", against)
+	}
+	for _, s := range strings.Split(c.String("batch"), ",") {
+		n, err := strconv.Atoi(strings.TrimSpace(s))
+		if err != nil || n < 1 || n > 1<<16 {
+			return nil, usagef("--batch: %q is not a batch size, 1 to 65536", s)
+		}
+		j.batches = append(j.batches, n)
+	}
+	for _, s := range strings.Split(c.String("dtype"), ",") {
+		d, err := engine.ParseDType(strings.TrimSpace(s))
+		if err != nil {
+			return nil, usagef("--dtype: %q is not a dtype; use f32, bf16 or f32,bf16", s)
+		}
+		j.dtypes = append(j.dtypes, d)
+	}
+	return j, nil
+}
+
+// all runs every case; what is complete is in the report, whatever happens.
+func (j *benchJob) all(subjects []*subject) error {
+	for _, s := range subjects {
+		for _, d := range j.dtypes {
+			if err := j.model(s, d); err != nil {
 				return err
 			}
 		}
 	}
-	for i := range j.report.Rows {
-		r := &j.report.Rows[i]
-		r.Peak = map[string]float64{"f32": j.report.Machine.PeakF32, "bf16": j.report.Machine.PeakB16}[r.DType]
-	}
-	if path := c.String("out"); path != "" {
-		f, err := os.Create(path)
-		if err != nil {
-			return usagef("--out: %w", err)
+	return nil
+}
+
+// finish writes the report, unless nothing was measured, and returns why the
+// work ended early, if it did.
+func (j *benchJob) finish(failed error) error {
+	rep := j.report
+	if failed != nil {
+		if len(rep.Rows) == 0 {
+			return failed
 		}
-		return errors.Join(j.report.Write(f, c.String("format")), f.Close())
+		if rep.Incomplete = "interrupted"; exitCode(failed) != exitInterrupted {
+			rep.Incomplete = oneLine(failed.Error())
+		}
+		j.log.Warnf("the report has the complete cases only")
 	}
-	return j.report.Write(c.App.Writer, c.String("format"))
+	for i := range rep.Rows {
+		r := &rep.Rows[i]
+		r.Peak = map[string]float64{"f32": rep.Machine.PeakF32, "bf16": rep.Machine.PeakB16}[r.DType]
+	}
+	err := j.write()
+	if failed != nil && err != nil {
+		j.log.Errorf("%s", oneLine(err.Error()))
+		return failed
+	}
+	if failed != nil {
+		return failed
+	}
+	return err
+}
+
+func (j *benchJob) write() error {
+	format := j.c.String("format")
+	if !j.c.IsSet("out") {
+		return j.report.Write(j.c.App.Writer, format)
+	}
+	// Also after Ctrl-C: not with the command's context.
+	return asFailure(atomicfile.Write(context.Background(), j.c.String("out"), func(w io.Writer) error {
+		return j.report.Write(w, format)
+	}))
 }
 
 // measure takes the machine's peaks, before the first case and after each one,
@@ -148,27 +230,7 @@ func (j *benchJob) measure() {
 	m.PeakF32, m.PeakB16, m.ReadBW = max(m.PeakF32, info.PeakF32), max(m.PeakB16, info.PeakBF16), max(m.ReadBW, info.PeakMemory)
 }
 
-// subject is a model as all sides load it.
-type subject struct {
-	name   string
-	kind   string
-	random bool
-	info   *checkpoint.Model
-	kl     *checkpoint.KLConfig
-	path   string // of the weights; "" for random ones
-	tok    *tokenizerFile
-	work   bench.Work
-	peer   map[string]any // the peers' load command
-}
-
-func (j *benchJob) model(name string, d engine.DType) error {
-	s, err := j.subject(name)
-	if err != nil {
-		return err
-	}
-	if s.tok != nil {
-		defer s.tok.close()
-	}
+func (j *benchJob) model(s *subject, d engine.DType) error {
 	own, err := j.margo(s, d)
 	if err != nil {
 		return err
@@ -185,7 +247,7 @@ func (j *benchJob) model(name string, d engine.DType) error {
 			load[k] = v
 		}
 		j.log.Infof("starting PyTorch (%s) for %s %s", mode, s.name, d)
-		p, err := bench.StartPyTorch(j.c.String("peers"), mode, s.work, load)
+		p, err := bench.StartPyTorch(j.c.Context, j.c.String("peers"), mode, s.work, load)
 		if err != nil {
 			return failf("%w", err)
 		}
@@ -211,21 +273,22 @@ func (j *benchJob) run(s *subject, d engine.DType, batch int, own *bench.Margo, 
 		}
 		cs.Subset = min(cs.Subset, cs.Iters)
 	}
+	if err := own.Reopen(); err != nil {
+		return err
+	}
+	flops, ownFLOPs, err := j.flops(s, cs, own)
+	if err != nil {
+		return err
+	}
 	rows, err := bench.Compare(j.c.Context, cs, sides, j.c.Int("reps"), func(m string) { j.log.Info(m) })
 	if err != nil {
 		return err
 	}
 	j.measure()
-	flops, ownFLOPs, err := j.flops(s, cs, own)
-	if err != nil {
-		return err
-	}
 	for i := range rows {
 		rows[i].FLOPs, rows[i].RandomWeight = flops, s.random
 		if rows[i].Side == "margo" {
-			rows[i].OwnFLOPs, rows[i].MemoryBytes = ownFLOPs, residentPeak()
-		} else if p, ok := sides[i].(*bench.PyTorch); ok {
-			rows[i].MemoryBytes = p.Memory()
+			rows[i].OwnFLOPs = ownFLOPs
 		}
 	}
 	j.report.Rows = append(j.report.Rows, rows...)
@@ -246,134 +309,4 @@ func (j *benchJob) flops(s *subject, cs bench.Case, own *bench.Margo) (authors, 
 	side := s.info.MAR.ImgSize / s.kl.Stride()
 	f, err := bench.DecodeFLOPs(s.kl, side, side)
 	return authors + f*n, ours, err
-}
-
-// subject finds out what a name of --model means.
-func (j *benchJob) subject(name string) (*subject, error) {
-	if name == "kl-16" {
-		kl := checkpoint.KL16()
-		return &subject{name: name, kind: checkpoint.KindKL, random: true, kl: kl, work: bench.Work{Latent: [3]int{16, 16, kl.EmbedDim}},
-			peer: map[string]any{"tokenizer": map[string]any{"config": kl}}}, nil
-	}
-	s := &subject{name: name, kind: checkpoint.KindMAR, peer: map[string]any{}}
-	if slices.Contains(checkpoint.MARNames(), name) {
-		cfg, err := checkpoint.NamedMAR(name)
-		if err != nil {
-			return nil, err
-		}
-		s.random = true
-		s.info = &checkpoint.Model{Kind: checkpoint.KindMAR, MAR: cfg, Sampling: checkpoint.Sampling{Iters: 64, HeadSteps: 100, MaxTimestep: 999, CFG: 3, CFGSchedule: sample.Linear, Temperature: 1}}
-		s.kl = checkpoint.KL16()
-	} else {
-		f, info, err := openMAR(name, checkpoint.MAROptions{}, checkpoint.OpenOptions{})
-		if err != nil {
-			return nil, err
-		}
-		f.Close()
-		s.info, s.path, s.name = info, name, strings.TrimSuffix(filepath.Base(name), filepath.Ext(name))
-		if j.c.Bool("decode") {
-			if s.tok, err = openTokenizer("", name, info, j.log); err != nil {
-				return nil, err
-			}
-			if s.tok.info != nil {
-				s.kl = s.tok.info.KL
-			}
-		}
-	}
-	p := &s.info.Sampling
-	for _, f := range []struct {
-		name string
-		at   *int
-	}{{"iters", &p.Iters}, {"head-steps", &p.HeadSteps}, {"max-timestep", &p.MaxTimestep}} {
-		if j.c.IsSet(f.name) {
-			*f.at = j.c.Int(f.name)
-		}
-	}
-	if j.c.IsSet("cfg") {
-		p.CFG = j.c.Float64("cfg")
-	}
-	if j.c.IsSet("cfg-schedule") {
-		p.CFGSchedule = j.c.String("cfg-schedule")
-	}
-	s.work = bench.Work{MaxTimestep: p.MaxTimestep, CFGSchedule: p.CFGSchedule, Temperature: p.Temperature, Classes: s.info.MAR.ClassNum, Decode: j.c.Bool("decode")}
-	s.peer["config"] = s.info.MAR
-	if s.path != "" {
-		s.peer["weights"] = s.path
-	}
-	if s.work.Decode && s.kl != nil {
-		t := map[string]any{"config": s.kl}
-		if s.tok != nil && s.tok.path != "" {
-			t["weights"], t["latent_scale"] = s.tok.path, s.tok.scale
-		}
-		s.peer["tokenizer"] = t
-	}
-	return s, nil
-}
-
-// margo loads our side.
-func (j *benchJob) margo(s *subject, d engine.DType) (*bench.Margo, error) {
-	own := &bench.Margo{Device: j.dev, DType: d, Work: s.work}
-	var params []engine.NamedParam
-	own.Free = func() { load.Free(params) }
-	fill := func(p []engine.NamedParam, path string, ignore func(string) bool) error {
-		params = append(params, p...)
-		if path == "" {
-			return load.Random(p, j.dev, d, 0)
-		}
-		f, err := checkpoint.Open(path, checkpoint.OpenOptions{})
-		if err != nil {
-			return err
-		}
-		defer f.Close()
-		return load.Bind(p, f, j.dev, d, load.Options{Ignore: ignore})
-	}
-	var tok tokenizer.Tokenizer
-	scale := 1.0
-	if s.kl != nil && (s.kind == checkpoint.KindKL || s.work.Decode) {
-		k, err := tokenizer.NewKL(s.kl, 1, false)
-		if err != nil {
-			return nil, err
-		}
-		path := ""
-		if s.tok != nil {
-			path, scale = s.tok.path, s.tok.scale
-		}
-		if err := fill(engine.Params(k), path, k.Unused); err != nil {
-			return nil, err
-		}
-		tok = k
-	}
-	if own.Tok = tok; s.kind == checkpoint.KindKL {
-		return own, nil
-	}
-	m, err := mar.New(s.info.MAR)
-	if err != nil {
-		return nil, err
-	}
-	if err := fill(engine.Params(m), s.path, s.info.Ignorable); err != nil {
-		return nil, err
-	}
-	o := sample.Options{Compute: d, LatentScale: scale, Profile: true}
-	if tok == nil {
-		own.Engine, err = sample.Open(m, nil, j.dev, o)
-	} else {
-		own.Engine, err = sample.Open(m, tok, j.dev, o)
-	}
-	return own, err
-}
-
-// residentPeak is the most memory this process ever had resident, in bytes; 0
-// where the system does not tell.
-func residentPeak() int64 {
-	b, err := os.ReadFile("/proc/self/status")
-	if err != nil {
-		return 0
-	}
-	for _, line := range strings.Split(string(b), "\n") {
-		if v, ok := strings.CutPrefix(line, "VmHWM:"); ok {
-			kib, _ := strconv.ParseInt(strings.TrimSpace(strings.TrimSuffix(strings.TrimSpace(v), "kB")), 10, 64)
-			return kib << 10
-		}
-	}
-	return 0
 }

@@ -5,6 +5,8 @@ import (
 	"strings"
 
 	"github.com/urfave/cli/v2"
+
+	"margo/bench"
 )
 
 // completeArg asks for completions: the words typed so far follow, the last of
@@ -16,6 +18,8 @@ var values = map[string][]string{
 	"cfg-schedule": {"linear", "constant"},
 	"dtype":        {"f32", "bf16"},
 	"device":       {"cpu", "ref"},
+	"against":      {"pytorch", "pytorch-eager", "pytorch-tuned"},
+	"format":       bench.Formats,
 	"progress":     {"auto", "bar", "log", "off"},
 	"log-level":    {"debug", "info", "warn", "error"},
 	"log-format":   {"text", "json"},

@@ -31,7 +31,7 @@ Examples:
       --set max_timestep=950 --set cfg=2 --set 'class_names=["cat","dog"]'`,
 		Flags: slices.Concat([]cli.Flag{
 			&cli.StringFlag{Name: "dtype", Category: "Output", DefaultText: "as stored", Usage: "`DTYPE`|of the written tensors: f32 or bf16"},
-			&cli.Float64Flag{Name: "latent-scale", Category: "Metadata", DefaultText: "from the file, else the authors' 0.2325", Usage: "`S`|tokens are latents times S (1 over the latents' standard deviation)"},
+			latentScaleFlag("Metadata", "from the file, else the authors' 0.2325 where the latents have their shape: 16 channels at stride 16"),
 			&cli.StringFlag{Name: "tokenizer", Category: "Metadata", Usage: "`NAME`|file of the tokenizer that belongs to a MAR, beside it"},
 			&cli.StringSliceFlag{Name: "set", Category: "Metadata", Usage: "`KEY=VALUE`|record a setting; margo reads iters, head_steps, max_timestep, cfg, cfg_schedule, temperature, class_names (a JSON list)"},
 			&cli.StringFlag{Name: "kind", Category: "Model", DefaultText: "from the tensors", Usage: "`KIND`|what the file holds: mar or kl"},
@@ -66,11 +66,9 @@ func convert(c *cli.Context) error {
 		}
 		o.Metadata["kind"] = c.String("kind")
 	}
-	if c.IsSet("latent-scale") {
-		s := c.Float64("latent-scale")
-		if !(s > 0 && s < 1e6) {
-			return usagef("--latent-scale is %g, it must be above 0", s)
-		}
+	if s, err := givenScale(c); err != nil {
+		return err
+	} else if s > 0 {
 		o.Metadata["latent_scale"] = strconv.FormatFloat(s, 'g', -1, 64)
 	}
 	if t := c.String("tokenizer"); t != "" {
@@ -97,6 +95,7 @@ func convert(c *cli.Context) error {
 	if c.Bool("json") {
 		return printJSON(c.App.Writer, map[string]any{
 			"file": out, "kind": done.Model.Kind, "state": done.State, "parameters": done.Params, "bytes": size, "ignored": done.Ignored,
+			"latent_scale": done.Model.LatentScale, "latent_scale_assumed": done.AssumedScale,
 		})
 	}
 	state := ""
@@ -104,6 +103,12 @@ func convert(c *cli.Context) error {
 		state = " of " + done.State
 	}
 	fmt.Fprintf(c.App.Writer, "%s: %s, %s parameters%s, %s\n", out, done.Model.Kind, thousands(done.Params), state, plan.Size(size))
+	switch m := done.Model; {
+	case done.AssumedScale:
+		fmt.Fprintf(c.App.Writer, "latent scale: the authors' %g is assumed, since none is recorded (--latent-scale sets another)\n", m.LatentScale)
+	case m.LatentScale == 0 && m.Kind == checkpoint.KindMAR && m.MAR.VAEStride > 1:
+		fmt.Fprintf(c.App.Writer, "latent scale: not recorded; the tokenizer's will be used (--latent-scale sets one)\n")
+	}
 	if n := len(done.Ignored); n > 0 {
 		logger(c).Warnf("%d tensors are not part of the model and were left out, such as %s", n, oneLine(done.Ignored[0]))
 	}

@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	"margo/engine"
+	"margo/engine/atomicfile"
 )
 
 // Exit codes of margo.
@@ -43,7 +44,8 @@ func failf(format string, args ...any) error {
 }
 
 // exitCode is the code that err ends the program with. What the engine calls
-// invalid is a setting that cannot work; what it calls I/O is a bad file.
+// invalid is a setting that cannot work; what it calls I/O is a bad file, if it
+// was not to be written.
 func exitCode(err error) int {
 	var e *exitError
 	switch {
@@ -53,6 +55,8 @@ func exitCode(err error) int {
 		return exitInterrupted
 	case errors.As(err, &e):
 		return e.code
+	case errors.Is(err, atomicfile.ErrWrite):
+		return exitFailed
 	case errors.Is(err, engine.IO):
 		return exitFile
 	case errors.Is(err, engine.Invalid):

@@ -43,11 +43,21 @@ func shapeOptions(c *cli.Context) (checkpoint.MAROptions, checkpoint.OpenOptions
 			return o, checkpoint.OpenOptions{}, err
 		}
 	}
-	state := c.String("which")
-	if state == "ema" {
-		state = "model_ema"
+	return o, checkpoint.OpenOptions{State: c.String("which")}, nil
+}
+
+// latentScaleFlag overrides what files record; see givenScale.
+func latentScaleFlag(category, otherwise string) cli.Flag {
+	return &cli.Float64Flag{Name: "latent-scale", Category: category, DefaultText: otherwise, Usage: "`S`|tokens are latents times S (1 over the latents' standard deviation)"}
+}
+
+// givenScale is --latent-scale, 0 if it was not given.
+func givenScale(c *cli.Context) (float64, error) {
+	s := c.Float64("latent-scale")
+	if c.IsSet("latent-scale") && !(s > 0 && s < 1e6) {
+		return 0, usagef("--latent-scale is %g, it must be above 0 and below 1000000", s)
 	}
-	return o, checkpoint.OpenOptions{State: state}, nil
+	return s, nil
 }
 
 // inRange checks an integer flag that was given.

@@ -118,6 +118,17 @@ func TestConvert(t *testing.T) {
 	if n := files(t, filepath.Dir(out)); len(n) != 1 {
 		t.Errorf("left %v", n)
 	}
+	// The authors' latent scale is assumed for latents like theirs only, aloud.
+	mar := filepath.Join(t.TempDir(), "m.safetensors")
+	if text := ok(t, "convert", tiny, mar); !strings.Contains(text, "0.2325 is assumed") || inspectJSON(t, mar).Scale != 0.2325 {
+		t.Error(text)
+	}
+	if text := ok(t, "convert", tiny, mar, "--vae-stride", "8"); !strings.Contains(text, "not recorded; the tokenizer's") || inspectJSON(t, mar).Scale != 0 {
+		t.Error(text)
+	}
+	if text := ok(t, "convert", tiny, mar, "--latent-scale", "0.5"); strings.Contains(text, "latent scale") {
+		t.Error(text)
+	}
 	// Settings that cannot be are refused, and the old file stays.
 	if code, _, msg := margo("convert", fashion, out, "--set", "max_timestep=5000"); code == exitOK || !strings.Contains(msg, "max_timestep") {
 		t.Errorf("exit %d: %s", code, msg)

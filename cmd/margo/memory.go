@@ -12,26 +12,36 @@ import (
 
 // checkMemory refuses a job that the device cannot hold, before anything is
 // loaded: the model, the tokenizer and the largest batch are laid out on a
-// device that only counts. A batch that nobody asked for is made smaller first.
-func (j *job) checkMemory(batchGiven bool, dev engine.Device, encode bool, log *logrus.Logger) error {
+// device that only counts, beside the bytes that the output keeps (all devices
+// compute in the host's memory). A batch that nobody asked for is made smaller
+// first.
+func (j *job) checkMemory(batchGiven bool, dev engine.Device, encode bool, output int64, log *logrus.Logger) error {
 	free := dev.Info().MemFree
 	if free <= 0 {
 		return nil
 	}
+	asked := j.batch
 	for {
 		need, err := j.memory(encode)
 		if err != nil {
 			return err
 		}
-		if need <= free {
+		if need <= free-output {
+			if j.batch < asked {
+				log.Infof("batch of %d, for want of memory", j.batch)
+			}
 			return nil
 		}
-		if batchGiven || j.batch == 1 {
+		last := batchGiven || j.batch == 1
+		if output > free || last && need <= free {
+			return failf("not enough memory: a sheet of %s needs %s, beside %s for %s at --batch %d in %s; %s has %s free: use a folder or .npz as --out, which keep no images in memory",
+				images(j.n), plan.Size(output), plan.Size(need), j.params.Model, j.batch, j.dtype, dev.Name(), plan.Size(free))
+		}
+		if last {
 			return failf("not enough memory: %s at --batch %d in %s need %s, %s has %s free",
 				j.params.Model, j.batch, j.dtype, plan.Size(need), dev.Name(), plan.Size(free))
 		}
 		j.batch = (j.batch + 1) / 2
-		log.Infof("batch of %d, for want of memory", j.batch)
 	}
 }
 

@@ -1,6 +1,8 @@
 package main
 
 import (
+	"context"
+	"math"
 	"os"
 	"path/filepath"
 	"strings"
@@ -59,12 +61,17 @@ func openKind(path, kind string, shape checkpoint.MAROptions, open checkpoint.Op
 }
 
 // loadMAR puts the weights on a device.
-func loadMAR(f *checkpoint.File, info *checkpoint.Model, dev engine.Device, d engine.DType) (*mar.Model, error) {
+func loadMAR(ctx context.Context, f *checkpoint.File, info *checkpoint.Model, dev engine.Device, d engine.DType) (*mar.Model, error) {
 	m, err := mar.New(info.MAR)
 	if err != nil {
 		return nil, err
 	}
-	return m, load.Bind(engine.Params(m), f, dev, d, load.Options{})
+	return m, load.Bind(engine.Params(m), f, dev, d, load.Options{Progress: until(ctx)})
+}
+
+// until ends a loading between two tensors once ctx is done.
+func until(ctx context.Context) func(done, total int64) error {
+	return func(_, _ int64) error { return ctx.Err() }
 }
 
 // tokenizerFile is what a MAR's images are made with: an open file, or none for
@@ -79,9 +86,18 @@ type tokenizerFile struct {
 // openTokenizer opens the tokenizer of a MAR: the file given, else the one that
 // the model names, beside it. It refuses one whose latents are not the model's.
 func openTokenizer(path, modelPath string, info *checkpoint.Model, log *logrus.Logger) (*tokenizerFile, error) {
+	return openScaled(path, modelPath, info, 0, log)
+}
+
+// openScaled is openTokenizer with a latent scale that, unless it is 0, goes
+// before those that the files record.
+func openScaled(path, modelPath string, info *checkpoint.Model, givenScale float64, log *logrus.Logger) (*tokenizerFile, error) {
 	c := info.MAR
 	if path == "" && info.Tokenizer == "" {
 		if c.VAEStride == 1 && c.VAEEmbedDim == 3 {
+			if givenScale > 0 {
+				return nil, usagef("--latent-scale: %s works on pixels and has no latents", modelPath)
+			}
 			return &tokenizerFile{scale: 1}, nil // the tokens are pixels
 		}
 		return nil, usagef("%s does not name its tokenizer; pass --tokenizer FILE (kl16.ckpt for the published models)", modelPath)
@@ -108,14 +124,22 @@ func openTokenizer(path, modelPath string, info *checkpoint.Model, log *logrus.L
 		f.Close()
 		return nil, usagef("the tokenizer %s makes images of %d channels, not RGB", path, tok.KL.OutChannels)
 	}
-	switch {
-	case info.LatentScale > 0:
-		t.scale = info.LatentScale
-	case tok.LatentScale > 0:
-		t.scale = tok.LatentScale
-	default:
+	switch m, k := info.LatentScale, tok.LatentScale; {
+	case givenScale > 0:
+		t.scale = givenScale
+	case m > 0:
+		// The model was trained on latents of its scale, whatever others use.
+		if t.scale = m; k > 0 && math.Abs(k/m-1) > 1e-6 {
+			log.Warnf("latent scale: the model %s says %g, the tokenizer %s %g; using the model's %g (--latent-scale sets another)", modelPath, m, path, k, m)
+		}
+	case k > 0:
+		t.scale = k
+	case info.AuthorsLatents():
 		t.scale = checkpoint.DefaultLatentScale
 		log.Infof("neither file records the latent scale; using the authors' %g (margo convert --latent-scale records another)", t.scale)
+	default:
+		f.Close()
+		return nil, usagef("neither %s nor %s records the latent scale; pass --latent-scale S (1 over the latents' standard deviation), or record it with margo convert", modelPath, path)
 	}
 	return t, nil
 }
@@ -134,10 +158,10 @@ func (t *tokenizerFile) make(encode bool) (tokenizer.Tokenizer, []engine.NamedPa
 }
 
 // load puts the tokenizer on a device.
-func (t *tokenizerFile) load(dev engine.Device, d engine.DType, encode bool) (tokenizer.Tokenizer, error) {
+func (t *tokenizerFile) load(ctx context.Context, dev engine.Device, d engine.DType, encode bool) (tokenizer.Tokenizer, error) {
 	tok, params, err := t.make(encode)
 	if k, ok := tok.(*tokenizer.KL); ok && err == nil {
-		err = load.Bind(params, t.file, dev, d, load.Options{Ignore: k.Unused})
+		err = load.Bind(params, t.file, dev, d, load.Options{Ignore: k.Unused, Progress: until(ctx)})
 	}
 	return tok, err
 }

@@ -6,7 +6,7 @@ import (
 	"os"
 	"path/filepath"
 
-	"margo/engine/imageio"
+	"margo/engine/atomicfile"
 )
 
 // cause is the reason alone, without the path that the caller's message names.
@@ -20,10 +20,15 @@ func cause(err error) error {
 
 // checkWritable finds out, before any work, whether a file can be written.
 func checkWritable(path string) error {
-	if s, err := os.Stat(path); err == nil && s.IsDir() {
+	s, err := os.Stat(path)
+	switch {
+	case err != nil: // nothing of that name yet
+	case s.IsDir():
 		return usagef("output %s is a folder", path)
+	case !s.Mode().IsRegular(): // the new file would take the place of a device
+		return usagef("output %s is not a regular file", path)
 	}
-	f, err := imageio.Create(path)
+	f, err := atomicfile.Create(path)
 	if err != nil {
 		if dir := filepath.Dir(path); !exists(dir) {
 			return failf("cannot write %s: there is no folder %s", path, dir)

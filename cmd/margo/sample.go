@@ -41,6 +41,7 @@ Examples:
 		Flags: slices.Concat([]cli.Flag{
 			&cli.StringFlag{Name: "model", Aliases: []string{"m"}, Category: "Model", Usage: "`FILE`|the MAR's weights: safetensors, .pth, .pt or .ckpt (needed)"},
 			&cli.StringFlag{Name: "tokenizer", Category: "Model", DefaultText: "the file that the model names, beside it", Usage: "`FILE`|the KL tokenizer's weights"},
+			latentScaleFlag("Model", "the model's, else the tokenizer's"),
 		}, shapeFlags(), []cli.Flag{
 			&cli.StringFlag{Name: "classes", Category: "Images", DefaultText: "all in turn", Usage: "`LIST`|class ids, ranges or names that the model knows, repeated in turn: 207,360 or 0-9 or sneaker,bag"},
 			&cli.BoolFlag{Name: "uncond", Category: "Images", Usage: "no class: sample with the dummy class (no guidance then)"},
@@ -51,8 +52,8 @@ Examples:
 			&cli.StringFlag{Name: "mask", Category: "Images", Usage: "`FILE`|PNG or JPEG, white where --image is to be filled"},
 
 			&cli.IntFlag{Name: "iters", Category: "Sampling", DefaultText: "the model's, else 64", Usage: "`N`|autoregressive iterations, at least 1; the paper uses 64 to 256"},
-			&cli.IntFlag{Name: "head-steps", Category: "Sampling", DefaultText: "the model's, else 100", Usage: "`N`|diffusion steps for each token, 1 to 1000"},
-			&cli.IntFlag{Name: "max-timestep", Category: "Sampling", DefaultText: "the model's, else 999", Usage: "`T`|largest diffusion timestep, 0 to 999; 950 cures the noise that young checkpoints give"},
+			&cli.IntFlag{Name: "head-steps", Category: "Sampling", DefaultText: "the model's, else 100", Usage: "`N`|diffusion steps for each token, 2 to 1000"},
+			&cli.IntFlag{Name: "max-timestep", Category: "Sampling", DefaultText: "the model's, else 999", Usage: "`T`|largest diffusion timestep, 1 to 999; 950 cures the noise that young checkpoints give"},
 			&cli.Float64Flag{Name: "cfg", Category: "Sampling", DefaultText: "the model's, else 1", Usage: "`S`|classifier-free guidance scale; 1 is off and twice as fast, 2 to 4 sharpens"},
 			&cli.StringFlag{Name: "cfg-schedule", Category: "Sampling", DefaultText: "the model's, else linear", Usage: "`KIND`|linear: guidance grows from 1 to --cfg as tokens appear; constant: always --cfg"},
 			&cli.Float64Flag{Name: "temperature", Category: "Sampling", DefaultText: "the model's, else 1", Usage: "`T`|factor on the noise of the head's steps; below 1 is less varied"},
@@ -78,6 +79,7 @@ type job struct {
 	n, first  int
 	batch     int
 	seed      uint64
+	scale     float64 // --latent-scale, 0 if it was not given
 	dtype     engine.DType
 	info      *checkpoint.Model
 	tokenizer *tokenizerFile
@@ -90,11 +92,12 @@ type imageParams struct {
 	Model     string `json:"model"`
 	Tokenizer string `json:"tokenizer,omitempty"`
 	checkpoint.Sampling
-	Seed   uint64 `json:"seed"`
-	Device string `json:"device"`
-	DType  string `json:"dtype"`
-	Image  string `json:"image,omitempty"`
-	Mask   string `json:"mask,omitempty"`
+	LatentScale float64 `json:"latent_scale"`
+	Seed        uint64  `json:"seed"`
+	Device      string  `json:"device"`
+	DType       string  `json:"dtype"`
+	Image       string  `json:"image,omitempty"`
+	Mask        string  `json:"mask,omitempty"`
 
 	// One image.
 	Index     *int   `json:"index,omitempty"`
@@ -152,7 +155,7 @@ func runSample(c *cli.Context) error {
 	if err := j.resolve(c, info); err != nil {
 		return err
 	}
-	if j.tokenizer, err = openTokenizer(c.String("tokenizer"), c.String("model"), info, log); err != nil {
+	if j.tokenizer, err = openScaled(c.String("tokenizer"), c.String("model"), info, j.scale, log); err != nil {
 		return err
 	}
 	defer j.tokenizer.close()
@@ -167,14 +170,14 @@ func runSample(c *cli.Context) error {
 	defer dev.Close()
 	j.fillParams(c, dev)
 
-	if err := j.checkMemory(c.IsSet("batch"), dev, known != nil, log); err != nil {
+	if err := j.checkMemory(c.IsSet("batch"), dev, known != nil, out.memory(j), log); err != nil {
 		return err
 	}
-	model, err := loadMAR(file, info, dev, j.dtype)
+	model, err := loadMAR(c.Context, file, info, dev, j.dtype)
 	if err != nil {
 		return err
 	}
-	tok, err := j.tokenizer.load(dev, j.dtype, known != nil)
+	tok, err := j.tokenizer.load(c.Context, dev, j.dtype, known != nil)
 	if err != nil {
 		return err
 	}
@@ -276,8 +279,8 @@ func readSampleFlags(c *cli.Context) (*job, error) {
 		name      string
 		low, high int
 	}{
-		{"n", 1, math.MaxInt32}, {"first-index", 0, math.MaxInt32}, {"iters", 1, 1 << 20}, {"head-steps", 1, 1000},
-		{"max-timestep", 0, 999}, {"batch", 1, 1 << 16}, {"threads", 1, 4096},
+		{"n", 1, math.MaxInt32}, {"first-index", 0, math.MaxInt32}, {"iters", 1, 1 << 20}, {"head-steps", 2, 1000},
+		{"max-timestep", 1, 999}, {"batch", 1, 1 << 16}, {"threads", 1, 4096},
 	} {
 		if err := inRange(c, f.name, f.low, f.high); err != nil {
 			return nil, err
@@ -304,6 +307,9 @@ func readSampleFlags(c *cli.Context) (*job, error) {
 	}
 	j := &job{n: c.Int("n"), first: c.Int("first-index"), batch: c.Int("batch"), seed: c.Uint64("seed")}
 	var err error
+	if j.scale, err = givenScale(c); err != nil {
+		return nil, err
+	}
 	if j.dtype, err = engine.ParseDType(c.String("dtype")); err != nil {
 		return nil, usagef("--dtype: %q is not a dtype; use f32 or bf16", c.String("dtype"))
 	}
@@ -359,7 +365,7 @@ func (j *job) resolve(c *cli.Context, info *checkpoint.Model) error {
 
 func (j *job) fillParams(c *cli.Context, dev engine.Device) {
 	j.params = imageParams{Software: "margo " + c.App.Version, Model: filepath.Base(c.String("model")), Sampling: j.settings,
-		Seed: j.seed, Device: dev.Name(), DType: j.dtype.String(), Image: c.String("image"), Mask: c.String("mask")}
+		LatentScale: j.tokenizer.scale, Seed: j.seed, Device: dev.Name(), DType: j.dtype.String(), Image: c.String("image"), Mask: c.String("mask")}
 	if j.tokenizer.path != "" {
 		j.params.Tokenizer = filepath.Base(j.tokenizer.path)
 	}
@@ -373,6 +379,12 @@ func (j *job) request() sample.Request {
 
 func (j *job) options() sample.Options {
 	return sample.Options{Compute: j.dtype, LatentScale: j.tokenizer.scale}
+}
+
+// imageSize is the side of an image in pixels.
+func (j *job) imageSize() int {
+	c := j.info.MAR
+	return c.Grid() * c.PatchSize * c.VAEStride
 }
 
 // period is the number of labels that the images go through.

@@ -75,8 +75,7 @@ func (o *output) begin(j *job) error {
 		return nil
 	}
 	var err error
-	size := j.info.MAR.Grid() * j.info.MAR.PatchSize * j.info.MAR.VAEStride
-	o.npz, err = imageio.CreateNPZ(o.path, j.n, size, size)
+	o.npz, err = imageio.CreateNPZ(o.path, j.n, j.imageSize(), j.imageSize())
 	return asFailure(err)
 }
 
@@ -113,6 +112,22 @@ func (o *output) finish() ([]string, error) {
 		return o.files, asFailure(imageio.WritePNG(o.path, img, o.describe(o.job)))
 	}
 	return o.files, nil
+}
+
+// memory is what the output keeps in memory, in bytes: a sheet's images until
+// all are there, then the sheet and the PNG encoder's RGBA copy of it.
+func (o *output) memory(j *job) int64 {
+	if o.kind != "png" {
+		return 0
+	}
+	n, w, h := float64(j.n), j.imageSize(), j.imageSize()
+	bytes := n * 3 * float64(w) * float64(h)
+	perPixel := 4.
+	if j.n > 1 {
+		w, h = imageio.GridSize(j.n, w, h, o.columns(j), imageio.GridScale(w), gridPad)
+		perPixel += 3
+	}
+	return int64(min(bytes+perPixel*float64(w)*float64(h), 1<<60)) // beyond any memory
 }
 
 // gridPad is the white space between the images of a sheet, in pixels.

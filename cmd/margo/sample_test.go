@@ -312,13 +312,40 @@ func TestNotEnoughMemory(t *testing.T) {
 	}
 	// A batch that was asked for is refused, another one shrinks, down to 1.
 	j, dev := newJob(64), smallDevice{free: one + one/2}
-	if err := j.checkMemory(true, dev, false, newLogger(&log)); exitCode(err) != exitFailed || !strings.Contains(err.Error(), "not enough memory") || !strings.Contains(err.Error(), "MiB") {
+	if err := j.checkMemory(true, dev, false, 0, newLogger(&log)); exitCode(err) != exitFailed || !strings.Contains(err.Error(), "not enough memory") || !strings.Contains(err.Error(), "MiB") {
 		t.Errorf("64 images: %v", err)
 	}
-	if err := j.checkMemory(false, dev, false, newLogger(&log)); err != nil || j.batch < 1 || j.batch >= 64 || !strings.Contains(log.String(), "for want of memory") {
+	if err := j.checkMemory(false, dev, false, 0, newLogger(&log)); err != nil || j.batch < 1 || j.batch >= 64 || !strings.Contains(log.String(), "for want of memory") {
 		t.Errorf("batch %d: %v: %s", j.batch, err, log.String())
 	}
-	if err := newJob(64).checkMemory(false, smallDevice{free: one - 1}, false, newLogger(&log)); err == nil {
+	if err := newJob(64).checkMemory(false, smallDevice{free: one - 1}, false, 0, newLogger(&log)); err == nil {
 		t.Error("less memory than one image takes was enough")
+	}
+	// A sheet's images are all kept: 64 of them, 8×8 magnified by 3 on the sheet,
+	// which is held as RGB and as RGBA.
+	j = newJob(1)
+	j.labels = []int{0, 1, 2, 3, 4, 5, 6, 7}
+	side := int64(8*(28*3+gridPad) + gridPad)
+	sheet := (&output{kind: "png"}).memory(j)
+	if want := 64*28*28*3 + 7*side*side; sheet != want {
+		t.Errorf("a sheet of 64 takes %d bytes, want %d", sheet, want)
+	}
+	for kind, want := range map[string]int64{"npz": 0, "dir": 0} {
+		if got := (&output{kind: kind}).memory(j); got != want {
+			t.Errorf("%s: %d bytes, want %d", kind, got, want)
+		}
+	}
+	if err := j.checkMemory(false, smallDevice{free: one + sheet}, false, sheet, newLogger(&log)); err != nil {
+		t.Error(err)
+	}
+	for _, free := range []int64{one + sheet - 1, sheet - 1} {
+		err := newJob(4).checkMemory(false, smallDevice{free: free}, false, sheet, newLogger(&log))
+		if exitCode(err) != exitFailed || !strings.Contains(err.Error(), "a sheet of 64 images needs") || !strings.Contains(err.Error(), "a folder or .npz") {
+			t.Errorf("%d bytes: %v", free, err)
+		}
+	}
+	j.n = 1 << 31
+	if huge := (&output{kind: "png"}).memory(j); huge < 1<<42 {
+		t.Errorf("2^31 images take %d bytes", huge)
 	}
 }

@@ -17,7 +17,7 @@ func verifyCommand() *cli.Command {
 		UsageText: "margo verify --model WEIGHTS --trace TRACE [flags]",
 		Description: `A trace holds tensors recorded from the authors' PyTorch code: encoder and decoder, diffusion head, a whole sampling loop with every random draw, or a tokenizer's input and output. Each stage is fed the recorded inputs and compared with the recorded outputs; a sampling loop also runs free, from the first draw to the final tokens.
 
-A line per stage shows the largest difference, the same as a share of the largest recorded value, and the limit. Limits come from the float64 oracle, not from experience: twice the recording's own distance from it in f32, twice the oracle's own error with rounded operands in bf16. In bf16 free loops are reported, not judged: their first step amplifies a rounding error hundreds of times.
+A line per stage shows the largest difference, the same as a share of the largest recorded value, and the limit. Limits come from the float64 oracle, not from experience: twice the recording's own distance from it in f32, twice the oracle's own error with rounded operands in bf16. A recording that the oracle itself misses by more than rounding explains is of other weights or another model, and fails. In bf16 free loops are reported, not judged: their first step amplifies a rounding error hundreds of times.
 
 Exit code 0 means every judged stage is within its limit, 1 that one is not.
 
@@ -51,7 +51,7 @@ func runVerify(c *cli.Context) error {
 	if err := inRange(c, "threads", 1, 1024); err != nil {
 		return err
 	}
-	shape, _, err := shapeOptions(c)
+	shape, open, err := shapeOptions(c)
 	if err != nil {
 		return err
 	}
@@ -68,7 +68,7 @@ func runVerify(c *cli.Context) error {
 	if !asJSON && !quiet {
 		fmt.Fprintf(w, "%-44s %11s %11s %11s\n", "stage", "max|Δ|", "/max|golden|", "limit")
 	}
-	o := verify.Options{Model: c.String("model"), Trace: c.String("trace"), Device: dev, DType: dtype, MAR: shape}
+	o := verify.Options{Model: c.String("model"), Trace: c.String("trace"), Device: dev, DType: dtype, MAR: shape, Open: open}
 	if !asJSON {
 		o.Stage = func(s verify.Stage) {
 			verdict := "ok"
@@ -76,7 +76,10 @@ func runVerify(c *cli.Context) error {
 			case !s.Gated:
 				verdict = "reported only"
 			case !s.Pass:
-				verdict = "BEYOND ITS LIMIT"
+				verdict = "FAILED: " + s.Reason
+				if !(s.Oracle <= s.OracleLimit) {
+					verdict += fmt.Sprintf(" (by %.3e, at most %.3e is rounding)", s.Oracle, s.OracleLimit)
+				}
 			case quiet:
 				return
 			}

@@ -214,6 +214,32 @@ func TestCheckNamesTensors(t *testing.T) {
 	}
 }
 
+func TestSamplingRanges(t *testing.T) {
+	ok := Sampling{Iters: 64, HeadSteps: 100, MaxTimestep: 99, CFG: 1, CFGSchedule: "linear", Temperature: 1}
+	if err := ok.Validate(); err != nil {
+		t.Error(err)
+	}
+	for _, c := range []struct {
+		steps, last int
+		want        string // in the error; "": none
+	}{
+		{2, 1, ""}, {1000, 999, ""}, {1, 999, "head_steps is 1,"}, {1001, 999, "head_steps is 1001,"}, {2, 0, "max_timestep is 0,"},
+		{2, 1000, "max_timestep is 1000,"}, {3, 1, "3 head_steps don't fit into timesteps 0 to 1"},
+	} {
+		s := ok
+		s.HeadSteps, s.MaxTimestep = c.steps, c.last
+		if err := s.Validate(); (err == nil) != (c.want == "") || err != nil && !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%d steps to %d: %v", c.steps, c.last, err)
+		}
+	}
+	// A trainer that recorded a single step made a good model all the same.
+	c, _ := NamedMAR("mar-base")
+	m, err := Describe(shapeFile(c.Params(), map[string]string{"config": `{"num_sampling_steps": "1"}`}), MAROptions{})
+	if err != nil || m.Sampling.HeadSteps != 100 {
+		t.Errorf("%+v, %v", m, err)
+	}
+}
+
 func TestParseMAR(t *testing.T) {
 	c, err := ParseMAR(`{"encoder_embed_dim": 64, "encoder_depth": 2, "encoder_num_heads": 4, "decoder_embed_dim": 64, "decoder_depth": 2,
 		"decoder_num_heads": 4, "diffloss_d": 2, "diffloss_w": "64", "class_num": 10, "buffer_size": 8, "img_size": 64}`)

@@ -2,6 +2,7 @@ package checkpoint
 
 import (
 	"context"
+	"errors"
 	"io"
 	"maps"
 	"slices"
@@ -28,11 +29,15 @@ type Converted struct {
 	State   string   // the state dict that was used
 	Params  int64    // parameters written
 	Ignored []string // tensors of the source that are not part of the model
+	// AssumedScale: the authors' latent scale was written, for want of one.
+	AssumedScale bool
 }
 
 // Convert writes any readable checkpoint of a MAR or KL tokenizer as
-// safetensors with metadata kind, config and latent_scale (the authors' 0.2325
-// for a MAR or KL-16 that records none) and, for a MAR, its sampling defaults.
+// safetensors with metadata kind, config and latent_scale and, for a MAR, its
+// sampling defaults. A file that records no latent scale gets the authors'
+// 0.2325 if its latents have the shape of theirs (a MAR of 16 channels at
+// stride 16, the KL-16), else none: a MAR's tokenizer may know it.
 // Every tensor of the model must be there, with its shape, and no other. out
 // appears complete or not at all, and may be in.
 func Convert(ctx context.Context, in, out string, o ConvertOptions) (*Converted, error) {
@@ -55,8 +60,9 @@ func Convert(ctx context.Context, in, out string, o ConvertOptions) (*Converted,
 	maps.Copy(meta, o.Metadata)
 	m, err := describe(f, o.MAR, meta)
 	if err != nil {
-		if _, own := describe(f, o.MAR, f.meta); own == nil { // the caller's fault then
-			return nil, engine.Errorf("convert "+in, engine.Invalid, "%w", err)
+		var e *engine.Error
+		if _, own := describe(f, o.MAR, f.meta); own == nil && errors.As(err, &e) { // the caller's fault then, not the file's
+			return nil, &engine.Error{Op: "convert " + in, Kind: engine.Invalid, Err: e.Err}
 		}
 		return nil, err
 	}
@@ -65,7 +71,8 @@ func Convert(ctx context.Context, in, out string, o ConvertOptions) (*Converted,
 	if err != nil {
 		return nil, err
 	}
-	if m.LatentScale == 0 && (m.Kind == KindMAR || sameTokenizer(m.KL, KL16())) {
+	assumed := m.LatentScale == 0 && m.AuthorsLatents()
+	if assumed {
 		m.LatentScale = DefaultLatentScale
 	}
 	own, err := m.metadata()
@@ -88,7 +95,7 @@ func Convert(ctx context.Context, in, out string, o ConvertOptions) (*Converted,
 	if err := Save(ctx, out, entries, meta); err != nil {
 		return nil, err
 	}
-	return &Converted{Model: m, State: f.State(), Params: CountParams(specs, ""), Ignored: ignored}, nil
+	return &Converted{Model: m, State: f.State(), Params: CountParams(specs, ""), Ignored: ignored, AssumedScale: assumed}, nil
 }
 
 // sameTokenizer compares what shapes tell.

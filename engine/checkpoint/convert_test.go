@@ -78,13 +78,44 @@ func TestConvertToBF16(t *testing.T) {
 	}
 }
 
+// The authors' latent scale is written only where their latents are likely, and
+// the caller is told; it goes behind what the file or the caller says.
+func TestConvertAssumesScale(t *testing.T) {
+	out := filepath.Join(t.TempDir(), "out.safetensors")
+	for _, c := range []struct {
+		file    string
+		given   string
+		stride  int
+		scale   float64
+		assumed bool
+	}{
+		{"mar_tiny", "", 0, DefaultLatentScale, true},
+		{"mar_tiny", "0.5", 0, 0.5, false},
+		{"mar_tiny", "", 8, 0, false}, // its tokenizer is not the authors'
+		{"vae_tiny", "", 0, 0, false},
+	} {
+		o := ConvertOptions{MAR: MAROptions{VAEStride: c.stride}, Metadata: map[string]string{}}
+		if c.given != "" {
+			o.Metadata["latent_scale"] = c.given
+		}
+		done, err := Convert(context.Background(), goldens+c.file+".safetensors", out, o)
+		if err != nil {
+			t.Fatal(err)
+		}
+		m, err := Describe(mustOpen(t, out, OpenOptions{}), MAROptions{})
+		if err != nil || m.LatentScale != c.scale || done.AssumedScale != c.assumed {
+			t.Errorf("%+v: scale %g, assumed %v, %v", c, m.LatentScale, done.AssumedScale, err)
+		}
+	}
+}
+
 func TestConvertRefuses(t *testing.T) {
 	dir := t.TempDir()
 	out := filepath.Join(dir, "out.safetensors")
 	refuse := func(what, in string, o ConvertOptions, kind engine.Kind, part string) {
 		t.Helper()
 		_, err := Convert(context.Background(), in, out, o)
-		if !errors.Is(err, kind) || !strings.Contains(err.Error(), part) {
+		if !errors.Is(err, kind) || kind == engine.Invalid && errors.Is(err, engine.IO) || !strings.Contains(err.Error(), part) {
 			t.Errorf("%s: %v", what, err)
 		}
 	}
@@ -93,10 +124,12 @@ func TestConvertRefuses(t *testing.T) {
 	refuse("config", goldens+"mar_tiny.pth", ConvertOptions{Metadata: map[string]string{"config": "{}"}}, engine.Invalid, "config")
 	refuse("absent", filepath.Join(dir, "none"), ConvertOptions{}, engine.IO, "no such file")
 	refuse("trace", goldens+"mar_encdec_vis6.safetensors", ConvertOptions{}, engine.IO, "neither a MAR nor a KL")
-	for k, v := range map[string]string{"latent_scale": "-1", "iters": "0", "head_steps": "many", "max_timestep": "1000", "cfg": "NaN",
+	for k, v := range map[string]string{"latent_scale": "-1", "iters": "0", "head_steps": "1", "max_timestep": "0", "cfg": "NaN",
 		"cfg_schedule": "cosine", "temperature": "-1", "class_names": `["one"]`, "kind": "dit"} {
 		refuse(k, goldens+"mar_tiny.safetensors", ConvertOptions{Metadata: map[string]string{k: v}}, engine.Invalid, k)
 	}
+	refuse("steps", goldens+"mar_tiny.safetensors", ConvertOptions{Metadata: map[string]string{"head_steps": "100", "max_timestep": "98"}},
+		engine.Invalid, "100 head_steps don't fit into timesteps 0 to 98")
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
 	if _, err := Convert(ctx, goldens+"mar_tiny.safetensors", out, ConvertOptions{}); !errors.Is(err, engine.Cancelled) {

@@ -52,8 +52,9 @@ type File struct {
 
 // OpenOptions choose among the state dicts of a PyTorch file.
 type OpenOptions struct {
-	// State names the top-level entry to use. "" means the first that exists of
-	// model_ema, ema, model, state_dict, else the tensors at the top level.
+	// State names the top-level entry to use; "ema" is model_ema, else ema. ""
+	// means the first that exists of model_ema, ema, model, state_dict, else the
+	// tensors at the top level.
 	State string
 	// Prefix selects the keys that begin with it and removes it, such as
 	// "first_stage_model." in a latent diffusion checkpoint.

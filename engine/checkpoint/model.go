@@ -22,8 +22,8 @@ const DefaultLatentScale = 0.2325
 // Sampling is a model's own choice of how to sample from it.
 type Sampling struct {
 	Iters       int     `json:"iters"`        // autoregressive steps
-	HeadSteps   int     `json:"head_steps"`   // diffusion steps of the head
-	MaxTimestep int     `json:"max_timestep"` // largest diffusion timestep, 0 to 999
+	HeadSteps   int     `json:"head_steps"`   // diffusion steps of the head, 2 to max_timestep + 1
+	MaxTimestep int     `json:"max_timestep"` // largest diffusion timestep, 1 to 999
 	CFG         float64 `json:"cfg"`          // guidance scale, 1 is off
 	CFGSchedule string  `json:"cfg_schedule"` // linear or constant
 	Temperature float64 `json:"temperature"`
@@ -111,6 +111,9 @@ func (f *File) latentScale(meta map[string]string) (float64, error) {
 // sampling fills the settings of a MAR from metadata, over the authors'.
 func (m *Model) sampling(meta map[string]string) error {
 	m.Sampling = Sampling{Iters: 64, HeadSteps: m.MAR.NumSamplingSteps, MaxTimestep: 999, CFG: 1, CFGSchedule: "linear", Temperature: 1}
+	if m.Sampling.HeadSteps < 2 { // nothing can be sampled in one step
+		m.Sampling.HeadSteps = marDefaults().NumSamplingSteps
+	}
 	if c := m.MAR; c.VAEEmbedDim == 16 { // README.md of LTH14/mar
 		m.Sampling.CFG = map[marSize]float64{
 			{768, 12, 12, 6, 1024}: 2.9, {1024, 16, 16, 8, 1280}: 3.0, {1280, 20, 16, 12, 1536}: 3.2,
@@ -149,10 +152,12 @@ func (s *Sampling) Validate() error {
 	switch {
 	case s.Iters < 1 || s.Iters > 1<<20:
 		return bad("iters is %d, it must be at least 1", s.Iters)
-	case s.HeadSteps < 1 || s.HeadSteps > 1000:
-		return bad("head_steps is %d, it must be between 1 and 1000", s.HeadSteps)
-	case s.MaxTimestep < 0 || s.MaxTimestep > 999:
-		return bad("max_timestep is %d, it must be between 0 and 999", s.MaxTimestep)
+	case s.HeadSteps < 2 || s.HeadSteps > 1000:
+		return bad("head_steps is %d, it must be between 2 and 1000", s.HeadSteps)
+	case s.MaxTimestep < 1 || s.MaxTimestep > 999:
+		return bad("max_timestep is %d, it must be between 1 and 999", s.MaxTimestep)
+	case s.HeadSteps > s.MaxTimestep+1:
+		return bad("%d head_steps don't fit into timesteps 0 to %d: lower head_steps or raise max_timestep", s.HeadSteps, s.MaxTimestep)
 	case !(s.CFG >= 0 && s.CFG <= 1e4):
 		return bad("cfg is %g, it must be between 0 and 10000", s.CFG)
 	case s.CFGSchedule != "linear" && s.CFGSchedule != "constant":
@@ -161,6 +166,15 @@ func (s *Sampling) Validate() error {
 		return bad("temperature is %g, it must be between 0 and 10000", s.Temperature)
 	}
 	return nil
+}
+
+// AuthorsLatents reports whether the latents have the shape of the authors', so
+// that DefaultLatentScale is a good guess.
+func (m *Model) AuthorsLatents() bool {
+	if m.Kind == KindKL {
+		return sameTokenizer(m.KL, KL16())
+	}
+	return m.MAR.VAEEmbedDim == 16 && m.MAR.VAEStride == 16
 }
 
 // metadata is m as a safetensors file records it.

@@ -271,7 +271,11 @@ func (f *File) selectState(root any, want string) (map[string]*tensorRef, error)
 	}
 	f.root = d
 	keys := stateKeys
-	if want != "" {
+	switch want {
+	case "":
+	case "ema": // by either name
+		keys = stateKeys[:2]
+	default:
 		keys = []string{want}
 	}
 	var refs map[string]*tensorRef

@@ -210,6 +210,21 @@ func TestTorchStates(t *testing.T) {
 	if _, err := openBytes(b, OpenOptions{State: "nope"}); !errors.Is(err, engine.Invalid) || !strings.Contains(err.Error(), "model_ema") {
 		t.Error(err)
 	}
+	// "ema" is either name of averaged weights, and nothing else.
+	for key, at := range map[string]float32{"model_ema": 12, "ema": 12, "model": 0} {
+		p = newPickler().op("}(")
+		state(p, "state_dict", "w", 1)
+		state(p, key, "w", 2)
+		p.op("u.")
+		f, err := openBytes(archiveOf(t, p.Bytes(), data), OpenOptions{State: "ema"})
+		if at == 0 {
+			if !errors.Is(err, engine.Invalid) || !strings.Contains(err.Error(), `no state "ema"`) {
+				t.Errorf("no ema: %v", err)
+			}
+		} else if err != nil || value(f, "w") != at || f.State() != key {
+			t.Errorf("ema as %s: %v", key, err)
+		}
+	}
 	// A bare dict, a wrapped tokenizer by prefix, and mixed prefixes.
 	p = newPickler().op("}(")
 	one(p, "w", 0)

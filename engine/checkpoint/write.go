@@ -1,21 +1,17 @@
 package checkpoint
 
 import (
-	"bufio"
 	"bytes"
 	"context"
-	"crypto/rand"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 
 	"margo/engine"
+	"margo/engine/atomicfile"
 )
 
 // Entry is a tensor to be written. Write must write exactly the bytes of the
@@ -27,9 +23,9 @@ type Entry struct {
 
 // Save writes a safetensors file: wider dtypes first, then by name, the header
 // padded to 8 bytes, so that every tensor is aligned and equal contents give
-// equal bytes. The file appears at path complete and synced, or not at all: it
-// is written beside path under a temporary name, which an error or a cancelled
-// ctx removes.
+// equal bytes. The file appears at path complete and synced, or not at all
+// (package atomicfile): an error that is atomicfile.ErrWrite is one of writing,
+// any other comes from an entry's Write.
 func Save(ctx context.Context, path string, entries []Entry, meta map[string]string) error {
 	op := "write " + path
 	entries = slices.Clone(entries)
@@ -43,7 +39,7 @@ func Save(ctx context.Context, path string, entries []Entry, meta map[string]str
 	if err != nil {
 		return &engine.Error{Op: op, Kind: engine.Invalid, Err: err}
 	}
-	err = WriteAtomic(ctx, path, func(w io.Writer) error {
+	err = atomicfile.Write(ctx, path, func(w io.Writer) error {
 		if _, err := w.Write(head); err != nil {
 			return err
 		}
@@ -59,11 +55,8 @@ func Save(ctx context.Context, path string, entries []Entry, meta map[string]str
 		return nil
 	})
 	var ee *engine.Error
-	switch {
-	case err == nil || errors.As(err, &ee):
+	if err == nil || errors.As(err, &ee) {
 		return err
-	case errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded):
-		return &engine.Error{Op: op, Kind: engine.Cancelled, Err: err}
 	}
 	return &engine.Error{Op: op, Kind: engine.IO, Err: err}
 }
@@ -130,65 +123,4 @@ func (c *countWriter) Write(p []byte) (int, error) {
 	n, err := c.w.Write(p)
 	c.n += int64(n)
 	return n, err
-}
-
-// ctxWriter fails once ctx is done, so that long writes can be cancelled.
-type ctxWriter struct {
-	ctx context.Context
-	w   io.Writer
-}
-
-func (c ctxWriter) Write(p []byte) (int, error) {
-	if err := c.ctx.Err(); err != nil {
-		return 0, err
-	}
-	return c.w.Write(p)
-}
-
-// WriteAtomic gives path the bytes that write produces, all or nothing: a
-// temporary file in the same folder is filled, synced and renamed. An error,
-// a panic of write or a cancelled ctx removes it and leaves path as it was.
-func WriteAtomic(ctx context.Context, path string, write func(io.Writer) error) (err error) {
-	var r [6]byte
-	rand.Read(r[:])
-	dir, base := filepath.Split(path)
-	tmp := dir + "." + base + "." + hex.EncodeToString(r[:]) + ".tmp"
-	f, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o666)
-	if err != nil {
-		return err
-	}
-	done := false
-	defer func() {
-		if !done {
-			f.Close()
-			os.Remove(tmp)
-		}
-	}()
-	bw := bufio.NewWriterSize(ctxWriter{ctx, f}, 1<<20)
-	if err := write(bw); err != nil {
-		return err
-	}
-	if err := bw.Flush(); err != nil {
-		return err
-	}
-	if err := f.Sync(); err != nil {
-		return err
-	}
-	if err := f.Close(); err != nil {
-		return err
-	}
-	if err := ctx.Err(); err != nil {
-		return err
-	}
-	if err := os.Rename(tmp, path); err != nil {
-		return err
-	}
-	done = true
-	// The rename itself survives a power cut only once the folder is synced.
-	// Not every file system can do that; the data is safe either way.
-	if d, err := os.Open(filepath.Dir(path)); err == nil {
-		_ = d.Sync()
-		d.Close()
-	}
-	return nil
 }

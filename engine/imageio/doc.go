@@ -2,9 +2,8 @@
 // PNG files with their parameters inside, contact sheets (grids), folders of
 // numbered PNGs, ADM's .npz of samples, and PNG/JPEG images and masks.
 //
-// Every file is written beside its target under a temporary name and renamed
-// when it is complete: a reader never sees half a file, a failed or cancelled
-// run leaves the old file as it was, and an existing file is replaced.
+// Every file appears complete or not at all (package atomicfile); an existing
+// file is replaced.
 //
 // Pixels are RGB, HWC. Float pixels are in [-1,1]; Byte maps them to uint8 as
 // the authors' code does (engine_mar.py:evaluate).

@@ -24,6 +24,13 @@ func GridScale(w int) int {
 	return 96 / w
 }
 
+// GridSize is the size in pixels of the sheet that Grid makes of n images of
+// w×h pixels.
+func GridSize(n, w, h, cols, scale, pad int) (int, int) {
+	rows := (n + cols - 1) / cols
+	return cols*(w*scale+pad) + pad, rows*(h*scale+pad) + pad
+}
+
 // Grid lays images of one size out in rows of cols, each magnified scale times
 // (every pixel becomes a square), with pad white pixels between and around
 // them. Places without an image stay white.
@@ -32,8 +39,7 @@ func Grid(imgs []*RGB, cols, scale, pad int) *RGB {
 		return NewRGB(0, 0)
 	}
 	w, h := imgs[0].W*scale, imgs[0].H*scale
-	rows := (len(imgs) + cols - 1) / cols
-	g := NewRGB(cols*(w+pad)+pad, rows*(h+pad)+pad)
+	g := NewRGB(GridSize(len(imgs), imgs[0].W, imgs[0].H, cols, scale, pad))
 	for i := range g.Pix {
 		g.Pix[i] = 255
 	}

@@ -17,6 +17,7 @@ import (
 	"testing"
 
 	"margo/engine"
+	"margo/engine/atomicfile"
 )
 
 // pattern is an image whose every byte depends on its place and on seed.
@@ -88,6 +89,50 @@ func TestPNGRoundTrip(t *testing.T) {
 	}
 }
 
+func TestPNGErrors(t *testing.T) {
+	dir := t.TempDir()
+	if err := WritePNG(filepath.Join(dir, "no", "a.png"), pattern(2, 2, 0), nil); !errors.Is(err, atomicfile.ErrWrite) {
+		t.Errorf("no folder: %v", err)
+	}
+	if err := WritePNG(filepath.Join(dir, "a.png"), NewRGB(0, 0), nil); !errors.Is(err, engine.Invalid) {
+		t.Errorf("no pixels: %v", err)
+	}
+	if left := files(t, dir); len(left) != 0 {
+		t.Errorf("left behind: %v", left)
+	}
+}
+
+// files lists the names in dir.
+func files(t *testing.T, dir string) (names []string) {
+	t.Helper()
+	list, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range list {
+		names = append(names, f.Name())
+	}
+	return names
+}
+
+// The chunk goes behind the first bytes however they are cut up.
+func TestInserter(t *testing.T) {
+	for size := 1; size <= 10; size++ {
+		var b bytes.Buffer
+		w := &inserter{&b, 4, []byte("XY")}
+		for text := "0123456789"; text != ""; {
+			n, err := w.Write([]byte(text[:min(size, len(text))]))
+			if err != nil || n != min(size, len(text)) {
+				t.Fatal(n, err)
+			}
+			text = text[n:]
+		}
+		if got := b.String(); got != "0123XY456789" {
+			t.Errorf("in pieces of %d: %q", size, got)
+		}
+	}
+}
+
 func TestReadTextOfForeignFiles(t *testing.T) {
 	dir := t.TempDir()
 	path := filepath.Join(dir, "a.png")
@@ -104,60 +149,6 @@ func TestReadTextOfForeignFiles(t *testing.T) {
 		if _, err := ReadText(p); !errors.Is(err, engine.IO) {
 			t.Errorf("%s: %v", name, err)
 		}
-	}
-}
-
-func must[T any](v T, err error) T {
-	if err != nil {
-		panic(err)
-	}
-	return v
-}
-
-func TestAtomic(t *testing.T) {
-	dir := t.TempDir()
-	path := filepath.Join(dir, "x")
-	os.WriteFile(path, []byte("old"), 0o666)
-	f, err := Create(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	f.Write([]byte("new"))
-	if got, _ := os.ReadFile(path); string(got) != "old" {
-		t.Errorf("the old file changed before Commit: %q", got)
-	}
-	f.Abort()
-	if e, _ := os.ReadDir(dir); len(e) != 1 {
-		t.Errorf("Abort left %v", e)
-	}
-	if err := writeAtomic(path, []byte("new")); err != nil {
-		t.Fatal(err)
-	}
-	if got, _ := os.ReadFile(path); string(got) != "new" {
-		t.Errorf("not replaced: %q", got)
-	}
-	_, err = Create(filepath.Join(dir, "no", "such", "folder"))
-	if !errors.Is(err, engine.IO) || strings.Contains(err.Error(), ".part") {
-		t.Errorf("error should name the target and not the temporary file: %v", err)
-	}
-	if f, err = Create(filepath.Join(dir, "y")); err != nil {
-		t.Fatal(err)
-	}
-	if RemoveUnfinished(); len(must(os.ReadDir(dir))) != 1 {
-		t.Error("the unfinished file is still there")
-	}
-	f.Abort()
-	// A target that cannot be replaced: Commit fails and cleans up.
-	os.MkdirAll(filepath.Join(dir, "d", "child"), 0o777)
-	f, err = Create(filepath.Join(dir, "d"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := f.Commit(); !errors.Is(err, engine.IO) {
-		t.Errorf("Commit over a folder: %v", err)
-	}
-	if e, _ := os.ReadDir(dir); len(e) != 2 {
-		t.Errorf("failed Commit left %v", e)
 	}
 }
 

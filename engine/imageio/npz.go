@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	"margo/engine"
+	"margo/engine/atomicfile"
 )
 
 // NPZ streams samples into a file that ADM's evaluator and numpy read: a zip,
@@ -14,7 +15,7 @@ import (
 // order. Images are not kept in memory; above 4 GiB the zip is a zip64.
 type NPZ struct {
 	path    string
-	file    *File
+	file    *atomicfile.File
 	buf     *bufio.Writer
 	zip     *zip.Writer
 	w       writer
@@ -26,7 +27,7 @@ type writer interface{ Write([]byte) (int, error) }
 
 // CreateNPZ starts a file of n images of h×w pixels.
 func CreateNPZ(path string, n, h, w int) (*NPZ, error) {
-	f, err := Create(path)
+	f, err := atomicfile.Create(path)
 	if err != nil {
 		return nil, err
 	}
@@ -39,7 +40,7 @@ func CreateNPZ(path string, n, h, w int) (*NPZ, error) {
 	}
 	if err != nil {
 		f.Abort()
-		return nil, ioError(path, err)
+		return nil, err
 	}
 	return z, nil
 }
@@ -58,10 +59,8 @@ func (z *NPZ) Add(img *RGB) error {
 		return engine.Errorf("write "+z.path, engine.Invalid, "image %d of %d×%d does not fit the declared array of %d", z.next, img.H, img.W, z.n)
 	}
 	z.next++
-	if _, err := z.w.Write(img.Pix); err != nil {
-		return ioError(z.path, err)
-	}
-	return nil
+	_, err := z.w.Write(img.Pix)
+	return err
 }
 
 // Close completes the file, or removes it if images are missing.
@@ -76,7 +75,7 @@ func (z *NPZ) Close() error {
 	}
 	if err != nil {
 		z.Abort()
-		return ioError(z.path, err)
+		return err
 	}
 	return z.file.Commit()
 }

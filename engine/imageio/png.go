@@ -1,15 +1,19 @@
 package imageio
 
 import (
+	"bufio"
 	"bytes"
 	"encoding/binary"
 	"encoding/json"
+	"errors"
 	"hash/crc32"
 	"image"
 	"image/png"
+	"io"
 	"os"
 
 	"margo/engine"
+	"margo/engine/atomicfile"
 )
 
 // TextKey is the keyword of the PNG text chunk that carries the sampling
@@ -27,21 +31,53 @@ func WritePNG(path string, img *RGB, params any) error {
 		copy(rgba.Pix[j:j+3], img.Pix[i:i+3])
 		rgba.Pix[j+3] = 255 // opaque: the encoder then writes 8-bit RGB
 	}
-	var buf bytes.Buffer
-	if err := png.Encode(&buf, rgba); err != nil {
-		return ioError(path, err)
-	}
-	data := buf.Bytes()
+	var chunk []byte
 	if params != nil {
 		text, err := json.Marshal(params)
 		if err != nil {
 			return engine.Errorf("write "+path, engine.Internal, "parameters: %w", err)
 		}
-		out := append([]byte(nil), data[:pngHeader]...)
-		out = append(out, textChunk(TextKey, text)...)
-		data = append(out, data[pngHeader:]...)
+		chunk = textChunk(TextKey, text)
 	}
-	return writeAtomic(path, data)
+	f, err := atomicfile.Create(path)
+	if err != nil {
+		return err
+	}
+	defer f.Abort()
+	w := bufio.NewWriterSize(f, 1<<16)
+	if err := png.Encode(&inserter{w, pngHeader, chunk}, rgba); err != nil {
+		if errors.Is(err, atomicfile.ErrWrite) {
+			return err
+		}
+		return engine.Errorf("write "+path, engine.Invalid, "%w", err) // no such size
+	}
+	if err := w.Flush(); err != nil {
+		return err
+	}
+	return f.Commit()
+}
+
+// inserter passes on what is written, with chunk put in after the next at
+// bytes.
+type inserter struct {
+	w     io.Writer
+	at    int
+	chunk []byte
+}
+
+func (s *inserter) Write(p []byte) (n int, err error) {
+	if s.chunk != nil && len(p) >= s.at {
+		if n, err = s.w.Write(p[:s.at]); err != nil {
+			return n, err
+		}
+		if _, err = s.w.Write(s.chunk); err != nil {
+			return n, err
+		}
+		p, s.chunk = p[n:], nil
+	}
+	s.at -= len(p)
+	m, err := s.w.Write(p)
+	return n + m, err
 }
 
 func textChunk(key string, text []byte) []byte {

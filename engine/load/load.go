@@ -34,8 +34,8 @@ type Options struct {
 	// for; false, or no function, makes such a tensor an error.
 	Ignore func(name string) bool
 	// Progress, if not nil, is called after each parameter with the elements
-	// loaded so far and in all.
-	Progress func(done, total int64)
+	// loaded so far and in all; an error of it ends the loading.
+	Progress func(done, total int64) error
 }
 
 // Bind fills the parameters from f. Names and shapes are compared first: a
@@ -51,7 +51,7 @@ func Bind(params []engine.NamedParam, f *checkpoint.File, dev engine.Device, com
 
 // Fill fills the parameters from any source that has them all; nil leaves their
 // values undefined. After an error no parameter holds memory.
-func Fill(params []engine.NamedParam, src Source, dev engine.Device, compute engine.DType, progress func(done, total int64)) (err error) {
+func Fill(params []engine.NamedParam, src Source, dev engine.Device, compute engine.DType, progress func(done, total int64) error) (err error) {
 	for _, p := range params {
 		if p.T != nil {
 			return engine.Errorf("load", engine.Invalid, "%q is loaded already", p.Name)
@@ -80,7 +80,9 @@ func Fill(params []engine.NamedParam, src Source, dev engine.Device, compute eng
 			return err
 		}
 		if done += int64(t.Elems()); progress != nil {
-			progress(done, total)
+			if err := progress(done, total); err != nil {
+				return err
+			}
 		}
 	}
 	return nil

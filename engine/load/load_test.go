@@ -104,7 +104,7 @@ func TestLayout(t *testing.T) {
 		params := engine.Params(m)
 		src := newNumbers(params)
 		var seen []int64
-		if err := Fill(params, src, keeper{ref.New(ref.Exact)}, compute, func(done, total int64) { seen = append(seen, done, total) }); err != nil {
+		if err := Fill(params, src, keeper{ref.New(ref.Exact)}, compute, func(done, total int64) error { seen = append(seen, done, total); return nil }); err != nil {
 			t.Fatal(err)
 		}
 		rounded := func(d engine.DType, v float32) float64 {
@@ -220,6 +220,17 @@ func TestFillErrors(t *testing.T) {
 	}
 	if now := dev.Info().MemFree; now != free {
 		t.Errorf("%d bytes are not given back after an error", free-now)
+	}
+	// Progress may stop it: two targets are loaded, and freed again.
+	stop, calls := errors.New("stop"), 0
+	err = Fill(params, newNumbers(params), dev, engine.F32, func(int64, int64) error {
+		if calls++; calls == 2 {
+			return stop
+		}
+		return nil
+	})
+	if err != stop || calls != 2 || dev.Info().MemFree != free {
+		t.Errorf("stopped after %d: %v, %d bytes are not given back", calls, err, free-dev.Info().MemFree)
 	}
 	if err := Fill(params[:len(params)-1], newNumbers(params), dev, engine.F32, nil); !errors.Is(err, engine.Internal) {
 		t.Errorf("a stack with a part missing: %v", err)

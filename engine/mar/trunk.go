@@ -114,7 +114,7 @@ func (m *Model) DecoderInput(c *engine.Ctx, enc *engine.Tensor, l *Layout) *engi
 
 // MaskQKV computes queries, keys and values of the first decoder block for a mask
 // token at every position: [B+L, 3·Dd]. They depend on nothing but the model, so
-// a run computes them once.
+// a batch computes them once.
 func (m *Model) MaskQKV(c *engine.Ctx) *engine.Tensor {
 	if c.Err() != nil {
 		return nil

@@ -16,7 +16,8 @@ type Estimate struct {
 	iters       []int       // Request.Iters' number of each
 }
 
-// headScratch is what a fused head loop may allocate for itself (HeadStepsArgs).
+// headScratch is what a fused head loop may allocate for itself
+// (HeadStepsArgs.Scratch).
 const headScratch = 64 << 20
 
 // Estimate counts what r takes without running it.

@@ -136,7 +136,7 @@ func (w *run) iterate(it *iteration, t *tables) {
 		z := w.trunk(it.seqs, t)
 		c.Rows(engine.RowsArgs{Y: cond, A: m.Head.Cond(c, z), IA: c.I32(it.cond), Count: len(it.cond)})
 	})
-	a := engine.HeadStepsArgs{Cond: cond, Time: t.time, Steps: t.steps, ExactStep: t.exact,
+	a := engine.HeadStepsArgs{Cond: cond, Time: t.time, Steps: t.steps, ExactStep: t.exact, Scratch: headScratch,
 		Temperature: float32(w.r.Temperature), RNG: engine.RNG{Seed: w.r.Seed, Purpose: engine.PurposeStepNoise}}
 	if it.guidance != nil {
 		a.Guidance = c.F32(it.guidance, n)

@@ -26,8 +26,9 @@ func (r replay) Noise(iter int, ids []sample.TokenID, steps, ch int) (x, noise [
 }
 
 // freeRun is the whole loop from the first draw to the final tokens.
-func (v *verifier) freeRun(st settings, orders [][]int, loops []loop) (check, error) {
+func (v *verifier) freeRun(st settings, loops []loop) (check, error) {
 	var err error
+	orders := st.orders
 	cfg := v.model.MAR
 	final := v.t.get(&err, "final_tokens", 4)
 	width := cfg.Grid() * cfg.PatchSize
@@ -35,11 +36,12 @@ func (v *verifier) freeRun(st settings, orders [][]int, loops []loop) (check, er
 	r := sample.Defaults()
 	r.N, r.Batch, r.Iters, r.HeadSteps = len(orders), len(orders), st.iters, st.headSteps
 	r.CFG, r.Temperature, r.Draws = st.cfg, st.temperature, replay{orders, loops}
-	if st.schedule != "" {
-		r.CFGSchedule = st.schedule
-	}
+	r.CFGSchedule = st.schedule
 	if v.t.has("labels") {
 		r.Labels = v.t.ints(&err, "labels", 1, cfg.ClassNum)
+		if n := len(r.Labels); err == nil && n != 1 && n != len(orders) {
+			err = v.t.unknown("tensor labels has %d labels for %d images", n, len(orders))
+		}
 	}
 	if err != nil {
 		return check{}, err

@@ -7,7 +7,9 @@ import (
 	"margo/engine/diffusion"
 )
 
-const headTemperature = 0.9 // of head traces (the goldens' README)
+// headTemperature is that of head traces whose metadata do not say (the
+// goldens' README); it is also in the name of the tensor ps_sample_temp0p9.
+const headTemperature = 0.9
 
 // head compares the head's network and one reverse step of it.
 func (v *verifier) head() error {
@@ -19,6 +21,7 @@ func (v *verifier) head() error {
 	emb, temb := v.t.get(&err, "timestep_embedding", 2), v.t.get(&err, "time_embed_out", 2)
 	out, guided := v.t.get(&err, "out", 2), v.t.get(&err, "out_with_cfg3", 2)
 	n := len(t)
+	v.t.is(&err, "timestep_embedding", emb, n, 256) // fixed in the authors' code
 	v.t.is(&err, "x", x, n, ch)
 	v.t.is(&err, "c", c, n, cfg.DecoderEmbedDim)
 	v.t.is(&err, "time_embed_out", temb, n, w)
@@ -27,8 +30,8 @@ func (v *verifier) head() error {
 	if err != nil {
 		return err
 	}
-	if n%2 != 0 {
-		return v.t.unknown("x has %d rows; guidance needs an even number", n)
+	if n == 0 || n%2 != 0 {
+		return v.t.unknown("tensor x has %d rows; guidance needs pairs", n)
 	}
 	times := func(s *side, t []int) *engine.Tensor {
 		f := make([]float32, len(t))
@@ -63,9 +66,10 @@ func (v *verifier) head() error {
 func (v *verifier) reverseStep(x, c data, times func(*side, []int) *engine.Tensor) (check, error) {
 	var err error
 	ch := v.model.MAR.TokenDim()
-	proc, perr := diffusion.MAR(v.model.MAR.NumSamplingSteps, diffusion.TrainSteps-1)
-	if perr != nil {
-		return check{}, perr
+	proc := v.process(&err)
+	temperature := float32(v.t.number(&err, "temperature", headTemperature, 0, 1e6))
+	if err != nil {
+		return check{}, err
 	}
 	index := v.t.ints(&err, "ps_index", 1, proc.Len())
 	noise := v.t.get(&err, "ps_noise", 2)
@@ -95,7 +99,7 @@ func (v *verifier) reverseStep(x, c data, times func(*side, []int) *engine.Tenso
 				s.c.DiffusionStep(engine.DiffusionStepArgs{X: xr, Y: y, Out: out, Noise: s.c.F32(noise.rows(ch, r, r+1), 1, ch), Coef: coef, Temperature: temperature})
 				return s.read(y)
 			}
-			mean, drawn, net := sample(0), sample(headTemperature), s.read(out)
+			mean, drawn, net := sample(0), sample(temperature), s.read(out)
 			if s.c.Err() != nil {
 				return res
 			}

@@ -2,10 +2,12 @@ package verify
 
 import (
 	"fmt"
+	"math"
 	"slices"
 
 	"margo/engine"
 	"margo/engine/diffusion"
+	"margo/engine/sample"
 )
 
 // loop is what a sampling trace records of one AR iteration.
@@ -20,37 +22,88 @@ type loop struct {
 
 // settings of the recorded run.
 type settings struct {
-	iters, headSteps, images int
-	cfg, temperature         float64
-	schedule                 string
-	proc                     *diffusion.Process
+	iters, headSteps int
+	cfg, temperature float64
+	schedule         string
+	proc             *diffusion.Process
+	orders           [][]int
 }
 
+// settings reads metadata and orders. The number of iterations is that of the
+// recorded ones: metadata may only confirm it.
 func (v *verifier) settings(err *error) settings {
-	t := v.t
-	s := settings{
-		iters: int(t.number(err, "num_iter", 0)), images: int(t.number(err, "bsz", 0)),
-		headSteps: int(t.number(err, "diffusion_steps", float64(v.model.MAR.NumSamplingSteps))),
-		cfg:       t.number(err, "cfg", 1), temperature: t.number(err, "temperature", 1), schedule: t.Metadata()["cfg_schedule"],
-	}
-	for s.iters == 0 || t.has(key(s.iters, "tokens_in")) { // older traces do not say
-		s.iters++
-		if !t.has(key(s.iters, "tokens_in")) {
-			break
+	t, l := v.t, v.model.MAR.Tokens()
+	s := settings{cfg: t.number(err, "cfg", 1, -1e6, 1e6), temperature: t.number(err, "temperature", 1, 0, 1e6),
+		schedule: sample.Linear, proc: v.process(err)}
+	if text, ok := t.Metadata()["cfg_schedule"]; ok && *err == nil {
+		if s.schedule = text; text != sample.Linear && text != sample.Constant {
+			*err = t.unknown("metadata cfg_schedule is %q, expected %s or %s", text, sample.Linear, sample.Constant)
 		}
 	}
-	if *err == nil {
-		s.proc, *err = diffusion.MAR(s.headSteps, diffusion.TrainSteps-1)
+	for t.has(key(s.iters, "tokens_in")) {
+		s.iters++
+	}
+	if n := t.number(err, "num_iter", float64(s.iters), 1, math.MaxInt32); *err == nil && n != float64(s.iters) {
+		*err = t.unknown("metadata num_iter is %g, but the trace records %d iterations (iter0.tokens_in and on)", n, s.iters)
+	}
+	orders := t.get(err, "orders", 2)
+	flat := t.ints(err, "orders", 2, l)
+	if *err != nil {
+		return s
+	}
+	s.headSteps = s.proc.Len()
+	images := orders.shape[0]
+	if t.is(err, "orders", orders, images, l); *err == nil && images == 0 {
+		*err = t.unknown("tensor orders has no images")
+	}
+	if n := t.number(err, "bsz", float64(images), 1, math.MaxInt32); *err == nil && n != float64(images) {
+		*err = t.unknown("metadata bsz is %g, but the tensor orders has %d images", n, images)
+	}
+	if *err != nil {
+		return s
+	}
+	for o := range slices.Chunk(flat, l) {
+		seen := make([]bool, l)
+		for _, p := range o {
+			if seen[p] {
+				*err = t.unknown("tensor orders: image %d has position %d twice", len(s.orders), p)
+				return s
+			}
+			seen[p] = true
+		}
+		s.orders = append(s.orders, o)
 	}
 	return s
 }
 
-func (v *verifier) loop(err *error, i int, st settings, orders [][]int) loop {
+// scenes reads the state at the beginning of every iteration: as many sequences
+// as images, and without guidance (CFG 1) no more.
+func (v *verifier) scenes(err *error, st settings) []scene {
+	want := len(st.orders)
+	if st.cfg != 1 {
+		want *= 2
+	}
+	var out []scene
+	for i := range st.iters {
+		s := v.scene(err, key(i, "tokens_in"), key(i, "mask"), key(i, "class_embedding"))
+		if *err == nil && len(s.seqs) != want {
+			*err = v.t.unknown("tensor %s has %d sequences; %d images (tensor orders) at cfg %g (metadata) need %d",
+				key(i, "tokens_in"), len(s.seqs), len(st.orders), st.cfg, want)
+		}
+		if *err != nil {
+			return nil
+		}
+		out = append(out, s)
+	}
+	return out
+}
+
+func (v *verifier) loop(err *error, i int, st settings, scenes []scene) loop {
 	cfg := v.model.MAR
-	l := loop{s: v.scene(err, key(i, "tokens_in"), key(i, "mask"), key(i, "class_embedding")),
-		enc: v.t.get(err, key(i, "enc_out"), 3), z: v.t.get(err, key(i, "dec_out_z"), 3), zsel: v.t.get(err, key(i, "z_selected"), 2),
+	l := loop{s: scenes[i], zsel: v.t.get(err, key(i, "z_selected"), 2),
 		init: v.t.get(err, key(i, "init_noise"), 2), noise: v.t.get(err, key(i, "step_noise"), 3),
 		steps: v.t.get(err, key(i, "step_samples"), 3), result: v.t.get(err, key(i, "sampled"), 2)}
+	l.enc, l.z = v.recorded(err, l.s, key(i, "enc_out"), key(i, "dec_out_z"))
 	g := v.t.get(err, key(i, "cfg_iter"), -1)
 	if *err != nil {
 		return l
@@ -60,14 +113,9 @@ func (v *verifier) loop(err *error, i int, st settings, orders [][]int) loop {
 		return l
 	}
 	l.guidance = g.v[0]
-	seqs := len(l.s.seqs)
-	if seqs != len(orders) && seqs != 2*len(orders) {
-		*err = v.t.unknown("tensor %s has %d sequences for %d images", key(i, "tokens_in"), seqs, len(orders))
-		return l
-	}
-	l.rows = v.predicted(err, i, l.s, st, orders)
+	l.rows = v.predicted(err, i, st, scenes)
 	rows := len(l.rows)
-	l.n = rows * len(orders) / seqs
+	l.n = rows * len(st.orders) / len(l.s.seqs)
 	v.t.is(err, key(i, "z_selected"), l.zsel, rows, cfg.DecoderEmbedDim)
 	v.t.is(err, key(i, "init_noise"), l.init, l.n, cfg.TokenDim())
 	v.t.is(err, key(i, "step_noise"), l.noise, st.headSteps, rows, cfg.TokenDim())
@@ -77,20 +125,30 @@ func (v *verifier) loop(err *error, i int, st settings, orders [][]int) loop {
 }
 
 // predicted lists the rows that iteration i predicts: masked now, and known in
-// the next recorded state (all that is masked, in the last iteration).
-func (v *verifier) predicted(err *error, i int, s scene, st settings, orders [][]int) []int {
-	if i == st.iters-1 {
-		return s.masked
-	}
-	l := v.model.MAR.Tokens()
-	next := v.scene(err, key(i+1, "tokens_in"), key(i+1, "mask"), key(i+1, "class_embedding"))
-	var out []int
-	for _, r := range s.masked {
-		if *err == nil && !slices.Contains(next.masked, r%(l*len(next.seqs))) {
-			out = append(out, r)
+// the next recorded state (all that is masked, in the last iteration). With
+// guidance the second half of the sequences predicts what the first does.
+func (v *verifier) predicted(err *error, i int, st settings, scenes []scene) []int {
+	s := scenes[i]
+	rows := s.masked
+	if i < st.iters-1 {
+		rows = nil
+		for _, r := range s.masked {
+			if _, masked := slices.BinarySearch(scenes[i+1].masked, r); !masked {
+				rows = append(rows, r)
+			}
 		}
 	}
-	return out
+	if half := len(st.orders) * v.model.MAR.Tokens(); len(s.seqs) > len(st.orders) {
+		n := len(rows) / 2
+		paired := len(rows)%2 == 0
+		for k := 0; k < n && paired; k++ {
+			paired = rows[n+k] == rows[k]+half
+		}
+		if !paired && *err == nil {
+			*err = v.t.unknown("tensor %s: the guided pairs do not predict the same tokens", s.mask)
+		}
+	}
+	return rows
 }
 
 // conditional keeps the rows of conditional sequences of a [steps, rows, C]
@@ -134,31 +192,28 @@ func (l loop) args(s *side, st settings, x []float32, from, to int) engine.HeadS
 // the whole loop run free.
 func (v *verifier) sampling() error {
 	var err error
-	cfg := v.model.MAR
 	st := v.settings(&err)
-	flat := v.t.ints(&err, "orders", 2, cfg.Tokens())
 	if err != nil {
 		return err
 	}
-	if len(flat) == 0 || len(flat)%cfg.Tokens() != 0 {
-		return v.t.unknown("tensor orders has %d values for %d tokens an image", len(flat), cfg.Tokens())
+	scenes := v.scenes(&err, st)
+	if err != nil {
+		return err
 	}
-	var orders [][]int
-	for o := range slices.Chunk(flat, cfg.Tokens()) {
-		orders = append(orders, o)
-	}
-	loops := make([]loop, st.iters)
+	loops := make([]loop, st.iters) // all are read first: nothing is computed from a bad trace
 	for i := range loops {
-		if loops[i] = v.loop(&err, i, st, orders); err != nil {
-			return err
-		}
-		if err := v.all(v.iteration(i, loops[i], st)); err != nil {
+		if loops[i] = v.loop(&err, i, st, scenes); err != nil {
 			return err
 		}
 	}
-	free, err := v.freeRun(st, orders, loops)
+	free, err := v.freeRun(st, loops)
 	if err != nil {
 		return err
+	}
+	for i, l := range loops {
+		if err := v.all(v.iteration(i, l, st)); err != nil {
+			return err
+		}
 	}
 	return v.all([]check{free})
 }
@@ -170,6 +225,9 @@ func (v *verifier) iteration(i int, l loop, st settings) []check {
 	samples := l.conditional(l.steps)
 	at := func(k int) []float32 { return samples[k*l.n*ch : (k+1)*l.n*ch] }
 	checks := v.trunkStages(name, l.s, l.enc, l.z, l.rows)
+	if l.n == 0 { // more iterations than tokens
+		return checks
+	}
 	checks = append(checks, check{names: []string{name + "head steps, one by one"}, goldens: [][]float32{samples},
 		run: func(s *side) [][]float64 {
 			var out []float64

@@ -30,16 +30,36 @@ func (x *side) image(d data) *engine.Tensor {
 // tokenizer compares encoding and decoding.
 func (v *verifier) tokenizer() error {
 	var err error
-	get := func(name string) data { return nhwc(v.t.get(&err, name, 4)) }
+	cfg := v.model.KL
+	f := cfg.Stride()
+	get := func(name string, shape ...int) data { // recorded NCHW, returned NHWC
+		d := v.t.get(&err, name, 4)
+		v.t.is(&err, name, d, shape...)
+		return nhwc(d)
+	}
+	// sized is get of the tensor that fixes the others' sizes.
+	sized := func(name string, channels, least int) (data, []int) {
+		d := v.t.get(&err, name, 4)
+		if err != nil {
+			return data{}, make([]int, 4)
+		}
+		n, h, w := d.shape[0], d.shape[2], d.shape[3]
+		if v.t.is(&err, name, d, n, channels, h, w); err == nil && (n < 1 || h < least || w < least) {
+			err = v.t.unknown("tensor %s has shape %s: too small for this model", name, engine.ShapeString(d.shape))
+		}
+		return nhwc(d), d.shape
+	}
 	var checks []check
 	if v.t.has("moments") {
-		img, moments := get("image"), get("moments")
+		img, s := sized("image", cfg.InChannels, f)
+		latent := func(name string, channels int) data { return get(name, s[0], channels, s[2]/f, s[3]/f) }
 		names := []string{"encode: moments", "encode: mean", "encode: log variance", "encode: std"}
-		goldens := [][]float32{moments.v, get("mean").v, get("logvar").v, get("std").v}
+		goldens := [][]float32{latent("moments", 2*cfg.EmbedDim).v, latent("mean", cfg.EmbedDim).v,
+			latent("logvar", cfg.EmbedDim).v, latent("std", cfg.EmbedDim).v}
 		noise := data{}
 		if v.t.has("sample_noise") {
-			names, noise = append(names, "encode: sample"), get("sample_noise")
-			goldens = append(goldens, get("sample").v)
+			names, noise = append(names, "encode: sample"), latent("sample_noise", cfg.EmbedDim)
+			goldens = append(goldens, latent("sample", cfg.EmbedDim).v)
 		}
 		checks = append(checks, check{names: names, goldens: goldens, run: func(s *side) [][]float64 {
 			return posterior(s, img, noise)
@@ -49,7 +69,8 @@ func (v *verifier) tokenizer() error {
 		if !v.t.has(p[1]) {
 			continue
 		}
-		z, out := get(p[0]), get(p[1])
+		z, s := sized(p[0], cfg.EmbedDim, 1)
+		out := get(p[1], s[0], cfg.OutChannels, s[2]*f, s[3]*f)
 		checks = append(checks, one("decode: "+p[1], out.v, func(s *side) *engine.Tensor { return s.m.kl.Decode(s.c, s.image(z)) }))
 	}
 	if err != nil {

@@ -2,10 +2,12 @@ package verify
 
 import (
 	"fmt"
+	"math"
 	"strconv"
 
 	"margo/engine"
 	"margo/engine/checkpoint"
+	"margo/engine/diffusion"
 )
 
 // Kind of a trace, told by its keys.
@@ -60,23 +62,14 @@ func (t *trace) unknown(format string, args ...any) error {
 
 func (t *trace) has(name string) bool { _, ok := t.Tensor(name); return ok }
 
-// need fails if one of the tensors is missing.
-func (t *trace) need(names ...string) error {
-	for _, n := range names {
-		if !t.has(n) {
-			return t.unknown("tensor %s is missing from this trace of kind %s", n, t.kind)
-		}
-	}
-	return nil
-}
-
 // data is a recorded tensor.
 type data struct {
 	shape []int
 	v     []float32
 }
 
-// get reads a tensor of rank dims (-1: any); the first error sticks in *err.
+// get reads a tensor of rank dims (-1: any) of finite numbers: nothing can be
+// compared with others. The first error sticks in *err.
 func (t *trace) get(err *error, name string, rank int) data {
 	if *err != nil {
 		return data{}
@@ -92,7 +85,15 @@ func (t *trace) get(err *error, name string, rank int) data {
 	}
 	d := data{info.Shape, make([]float32, info.Elems())}
 	if info.DType.Float() {
-		*err = t.ReadF32(name, d.v)
+		if *err = t.ReadF32(name, d.v); *err != nil {
+			return d
+		}
+		for i, x := range d.v {
+			if x-x != 0 {
+				*err = t.unknown("tensor %s: element %d is %g; a recording of numbers that are not finite shows nothing", name, i, x)
+				break
+			}
+		}
 		return d
 	}
 	ints := make([]int64, info.Elems())
@@ -117,17 +118,42 @@ func (t *trace) ints(err *error, name string, rank, below int) []int {
 	return out
 }
 
-// number reads a value of the metadata, def if it is absent.
-func (t *trace) number(err *error, key string, def float64) float64 {
+// number reads a value of the metadata, between low and high; def if it is
+// absent.
+func (t *trace) number(err *error, key string, def, low, high float64) float64 {
 	s, ok := t.Metadata()[key]
 	if !ok || *err != nil {
 		return def
 	}
 	v, e := strconv.ParseFloat(s, 64)
-	if e != nil {
+	switch {
+	case e != nil:
 		*err = t.unknown("metadata %s: %q is not a number", key, s)
+	case !(v >= low && v <= high): // also NaN
+		*err = t.unknown("metadata %s is %s, expected %g to %g", key, s, low, high)
+	default:
+		return v
 	}
-	return v
+	return def
+}
+
+// process is the diffusion process of the recorded head: metadata
+// diffusion_steps goes before the model's num_sampling_steps.
+func (v *verifier) process(err *error) *diffusion.Process {
+	const name = "diffusion_steps"
+	steps := v.t.number(err, name, float64(v.model.MAR.NumSamplingSteps), 2, diffusion.TrainSteps)
+	if *err != nil {
+		return nil
+	}
+	if steps != math.Trunc(steps) {
+		*err = v.t.unknown("metadata %s is %g, expected a whole number", name, steps)
+		return nil
+	}
+	p, e := diffusion.MAR(int(steps), diffusion.TrainSteps-1)
+	if e != nil {
+		*err = v.t.unknown("metadata %s, or the model's num_sampling_steps without it, is %g: %w", name, steps, e)
+	}
+	return p
 }
 
 // is demands a shape.

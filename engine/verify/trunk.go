@@ -12,6 +12,7 @@ import (
 type scene struct {
 	tokens  data // [S, L, C]
 	class   data // [S, De]
+	mask    string
 	seqs    []mar.Seq
 	masked  []int // row-major list of masked (sequence, position)
 	visible int   // visible tokens of all sequences
@@ -20,14 +21,18 @@ type scene struct {
 // scene reads the tensors with the given names.
 func (v *verifier) scene(err *error, tokens, mask, class string) scene {
 	cfg := v.model.MAR
-	s := scene{tokens: v.t.get(err, tokens, 3), class: v.t.get(err, class, 2)}
-	m := v.t.get(err, mask, 2)
+	s := scene{tokens: v.t.get(err, tokens, 3), class: v.t.get(err, class, 2), mask: mask}
+	m := v.t.ints(err, mask, 2, 2)
 	if *err != nil {
 		return s
 	}
 	n := s.tokens.shape[0]
+	if n == 0 {
+		*err = v.t.unknown("tensor %s has no sequences", tokens)
+		return s
+	}
 	v.t.is(err, tokens, s.tokens, n, cfg.Tokens(), cfg.TokenDim())
-	v.t.is(err, mask, m, n, cfg.Tokens())
+	v.t.is(err, mask, v.t.get(err, mask, 2), n, cfg.Tokens())
 	v.t.is(err, class, s.class, n, cfg.EncoderEmbedDim)
 	if *err != nil {
 		return s
@@ -36,7 +41,7 @@ func (v *verifier) scene(err *error, tokens, mask, class string) scene {
 		q := mar.Seq{Class: i, Image: i}
 		for p := range cfg.Tokens() {
 			q.Want = append(q.Want, int32(p))
-			if m.v[i*cfg.Tokens()+p] != 0 {
+			if m[i*cfg.Tokens()+p] != 0 {
 				s.masked = append(s.masked, i*cfg.Tokens()+p)
 			} else {
 				q.Visible = append(q.Visible, int32(p))
@@ -46,6 +51,20 @@ func (v *verifier) scene(err *error, tokens, mask, class string) scene {
 		s.seqs = append(s.seqs, q)
 	}
 	return s
+}
+
+// recorded reads enc_out and dec_out_z of the scene.
+func (v *verifier) recorded(err *error, s scene, encName, zName string) (enc, z data) {
+	cfg, n := v.model.MAR, len(s.seqs)
+	enc, z = v.t.get(err, encName, 3), v.t.get(err, zName, 3)
+	if *err == nil && s.visible%n != 0 { // the authors' code keeps equally many
+		*err = v.t.unknown("tensor %s: %d sequences see %d tokens together; they must see equally many", s.mask, n, s.visible)
+	}
+	if *err == nil {
+		v.t.is(err, encName, enc, n, cfg.BufferSize+s.visible/n, cfg.EncoderEmbedDim)
+		v.t.is(err, zName, z, n, cfg.Tokens(), cfg.DecoderEmbedDim)
+	}
+	return enc, z
 }
 
 // wanting is the scene's sequences asking for some positions only.
@@ -95,14 +114,17 @@ func (v *verifier) trunkStages(prefix string, s scene, enc, z data, rows []int) 
 			return m.Decode(x.c, m.DecoderInput(x.c, e, lay), lay)
 		}
 	}
-	return []check{
+	checks := []check{
 		one(prefix+"encoder", enc.v, func(x *side) *engine.Tensor {
 			lay := x.m.mar.NewLayout(x.c, s.seqs)
 			return x.m.mar.Encode(x.c, s.embed(x, lay), lay)
 		}),
 		one(prefix+"decoder, all positions", z.v, decode(s.seqs)),
-		one(prefix+"decoder, predicted positions", pick(z.v, rows, dd), decode(s.wanting(rows, l))),
 	}
+	if len(rows) > 0 {
+		checks = append(checks, one(prefix+"decoder, predicted positions", pick(z.v, rows, dd), decode(s.wanting(rows, l))))
+	}
+	return checks
 }
 
 // upload puts recorded values [.., cols] on the side as a matrix of dtype d.
@@ -118,30 +140,35 @@ func (v *verifier) encdec() error {
 	var err error
 	cfg := v.model.MAR
 	s := v.scene(&err, "tokens", "mask", "class_embedding")
-	enc, z := v.t.get(&err, "enc_out", 3), v.t.get(&err, "dec_out_z", 3)
+	enc, z := v.recorded(&err, s, "enc_out", "dec_out_z")
 	if err != nil {
 		return err
 	}
 	n := len(s.seqs)
-	v.t.is(&err, "dec_out_z", z, n, cfg.Tokens(), cfg.DecoderEmbedDim)
-	if rows := n*cfg.BufferSize + s.visible; err == nil && len(enc.v) != rows*cfg.EncoderEmbedDim {
-		v.t.is(&err, "enc_out", enc, n, rows/n, cfg.EncoderEmbedDim)
-	}
 	var checks []check
 	if v.t.has("labels") {
 		labels := v.t.ints(&err, "labels", 1, cfg.ClassNum)
-		if len(labels) == n {
+		if err == nil && len(labels) != n {
+			err = v.t.unknown("tensor labels has %d labels for %d sequences", len(labels), n)
+		}
+		if err == nil {
 			checks = append(checks, one("class embedding", s.class.v, func(x *side) *engine.Tensor { return x.m.mar.ClassRows(x.c, labels) }))
 		}
 	}
-	block := func(part string, i int) (in, out data) {
-		return v.t.get(&err, fmt.Sprintf("%s_block%d_in", part, i), 3), v.t.get(&err, fmt.Sprintf("%s_block%d_out", part, i), 3)
+	block := func(part string, i int, shape ...int) (in, out data) {
+		get := func(end string) data {
+			name := fmt.Sprintf("%s_block%d_%s", part, i, end)
+			d := v.t.get(&err, name, 3)
+			v.t.is(&err, name, d, shape...)
+			return d
+		}
+		return get("in"), get("out")
 	}
 	for i := range cfg.EncoderDepth {
 		if !v.t.has(fmt.Sprintf("enc_block%d_in", i)) {
 			continue
 		}
-		in, out := block("enc", i)
+		in, out := block("enc", i, enc.shape...)
 		if i == 0 {
 			checks = append(checks, one("encoder input", in.v, func(x *side) *engine.Tensor { return s.embed(x, x.m.mar.NewLayout(x.c, s.seqs)) }))
 		}
@@ -153,7 +180,7 @@ func (v *verifier) encdec() error {
 		if !v.t.has(fmt.Sprintf("dec_block%d_in", i)) {
 			continue
 		}
-		in, out := block("dec", i)
+		in, out := block("dec", i, n, cfg.BufferSize+cfg.Tokens(), cfg.DecoderEmbedDim)
 		if i == 0 {
 			checks = append(checks, one("decoder input", in.v, func(x *side) *engine.Tensor {
 				return x.m.mar.DecoderInput(x.c, x.upload(enc, x.c.Compute), x.m.mar.NewLayout(x.c, s.seqs))

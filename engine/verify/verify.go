@@ -17,8 +17,9 @@ type Options struct {
 	Model, Trace string
 	Device       engine.Device
 	DType        engine.DType
-	MAR          checkpoint.MAROptions // for weights without a config
-	Stage        func(Stage)           // called as stages finish; may be nil
+	MAR          checkpoint.MAROptions  // for weights without a config
+	Open         checkpoint.OpenOptions // which weights of Model
+	Stage        func(Stage)            // called as stages finish; may be nil
 }
 
 // Result is a whole replay.
@@ -42,6 +43,7 @@ type verifier struct {
 	dtype                  engine.DType
 	result                 Result
 	device, exact, rounded *side
+	single                 *side // rounded in F32; the same as rounded if dtype is F32
 }
 
 func (v *verifier) add(s Stage) {
@@ -62,7 +64,7 @@ func Run(ctx context.Context, o Options) (*Result, error) {
 		return nil, err
 	}
 	defer t.Close()
-	f, err := checkpoint.Open(o.Model, checkpoint.OpenOptions{})
+	f, err := checkpoint.Open(o.Model, o.Open)
 	if err != nil {
 		return nil, err
 	}
@@ -76,7 +78,7 @@ func Run(ctx context.Context, o Options) (*Result, error) {
 	}
 	v := &verifier{ctx: ctx, o: o, t: t, model: desc, dtype: o.DType, result: Result{Kind: t.kind, Pass: true}}
 	defer v.close()
-	for _, s := range []struct {
+	sides := []struct {
 		at      **side
 		dev     engine.Device
 		compute engine.DType
@@ -84,10 +86,18 @@ func Run(ctx context.Context, o Options) (*Result, error) {
 		{&v.device, o.Device, o.DType},
 		{&v.exact, ref.New(ref.Exact), engine.F32},
 		{&v.rounded, ref.New(ref.Rounded), o.DType},
-	} {
+		{&v.single, ref.New(ref.Rounded), engine.F32},
+	}
+	if o.DType == engine.F32 {
+		sides = sides[:3]
+	}
+	for _, s := range sides {
 		if *s.at, err = v.bind(f, s.dev, s.compute); err != nil {
 			return nil, err
 		}
+	}
+	if v.single == nil {
+		v.single = v.rounded
 	}
 	run := map[Kind]func() error{EncDec: v.encdec, HeadNet: v.head, Sampling: v.sampling, Tokenizer: v.tokenizer}[t.kind]
 	if err := run(); err != nil {
@@ -131,7 +141,10 @@ func (s *side) params() []engine.NamedParam {
 }
 
 func (v *verifier) close() {
-	for _, s := range []*side{v.device, v.exact, v.rounded} {
+	if v.single == v.rounded {
+		v.single = nil
+	}
+	for _, s := range []*side{v.device, v.exact, v.rounded, v.single} {
 		if s != nil {
 			load.Free(s.params())
 			s.c.Close()

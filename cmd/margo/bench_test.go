@@ -1,0 +1,141 @@
+package main
+
+import (
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"margo/bench"
+)
+
+// fakePeers makes a folder in which a shell script stands for PyTorch: it is
+// quick for a batch of 1 and sleeps over a batch of 2.
+func fakePeers(t *testing.T) string {
+	t.Helper()
+	root := t.TempDir()
+	for name, text := range map[string]string{
+		".peers/bin/python": `#!/bin/sh
+while read -r line; do case "$line" in
+*'"batch":2,'*) sleep 100;;
+*) echo '{"seconds_total": 1, "enc": 0.25, "dec": 0.25, "head": 0.25, "tokens_absmax": NaN}';;
+esac; done`,
+		"bench/peers/mar_torch.py": "",
+	} {
+		path := filepath.Join(root, name)
+		if err := os.MkdirAll(filepath.Dir(path), 0o777); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(text), 0o777); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return root
+}
+
+// quickBench is a bench command that takes a moment.
+func quickBench(args ...string) []string {
+	return append([]string{"bench", "--model", fashion, "--iters", "2", "--head-steps", "2", "--reps", "1", "--log-level", "warn"}, args...)
+}
+
+func TestBenchRefuses(t *testing.T) {
+	dir, pipe := t.TempDir(), filepath.Join(t.TempDir(), "pipe")
+	if err := syscall.Mkfifo(pipe, 0o666); err != nil {
+		t.Fatal(err)
+	}
+	peers := fakePeers(t)
+	for _, c := range []struct {
+		args []string
+		code int
+		want string
+	}{
+		{quickBench("extra"), 2, `what is "extra"?`},
+		{quickBench("--batch", "1,x"), 2, `"x" is not a batch size`},
+		{quickBench("--dtype", "f32,f16"), 2, `"f16" is not a dtype`},
+		{quickBench("--cfg", "NaN"), 2, "--cfg is NaN"},
+		{quickBench("--format", "xml"), 2, "--format"},
+		{quickBench("--max-timestep", "0"), 2, "don't fit"},
+		{quickBench("--against", "jax"), 2, `"jax" is not a peer`},
+		{quickBench("--against", "pytorch", "--peers", dir), 1, "run make peers"},
+		{quickBench("--against", "pytorch", "--peers", peers, "--iters", "50"), 2, "49 tokens"},
+		{quickBench("--tokenizer", fashionKL), 2, "--decode only"},
+		{quickBench("--out", ""), 2, "--out is empty"},
+		{quickBench("--out", dir), 2, "is a folder"},
+		{quickBench("--out", pipe), 2, "not a regular file"},
+		{quickBench("--out", filepath.Join(dir, "no", "such", "x")), 1, "there is no folder"},
+		{[]string{"bench", "--model", "mar-bse"}, 2, "neither a file nor one of mar-base"},
+		{[]string{"bench", "--model", "mar-base,"}, 2, "empty item"},
+		{[]string{"bench", "--model", "mar-base", "--heads", "4"}, 2, "--heads is about a file"},
+		{[]string{"bench", "--model", fashionKL}, 3, "holds a tokenizer, not a MAR"},
+		{[]string{"bench", "--model", tinyPTH}, 2, "--heads"},
+		{[]string{"bench", "--model", tinyPTH, "--heads", "4", "--patch-size", "1", "--against", "pytorch", "--peers", peers}, 2, "convert it first: margo convert " + tinyPTH},
+	} {
+		code, out, msg := margo(c.args...)
+		if code != c.code || !strings.Contains(msg, c.want) || out != "" || strings.Count(msg, "\n") != 1 {
+			t.Errorf("margo %s: exit %d, want %d with %q: %s%s", strings.Join(c.args, " "), code, c.code, c.want, msg, out)
+		}
+	}
+	if left := files(t, dir); len(left) > 0 {
+		t.Errorf("left %v", left)
+	}
+}
+
+func readReport(t *testing.T, text []byte) *bench.Report {
+	t.Helper()
+	var r bench.Report
+	if err := json.Unmarshal(text, &r); err != nil {
+		t.Fatalf("%v in %s", err, text)
+	}
+	return &r
+}
+
+func TestBench(t *testing.T) {
+	r := readReport(t, []byte(ok(t, quickBench("--format", "json", "--decode", "--against", "pytorch-tuned", "--peers", fakePeers(t))...)))
+	if len(r.Rows) != 2 || r.Rows[0].Side != "margo" || r.Rows[1].Side != "pytorch tuned" || r.Rows[1].Runs[0].Seconds != 1 || r.Incomplete != "" {
+		t.Errorf("%+v", r)
+	}
+	if m := r.Rows[0]; m.Runs[0].Parts["tokenizer"] <= 0 || m.FLOPs < m.OwnFLOPs || m.Peak <= 0 || m.RandomWeight {
+		t.Errorf("%+v", m)
+	}
+	// What sample can read, bench can: a file that does not tell its heads.
+	r = readReport(t, []byte(ok(t, "bench", "--model", tinyPTH, "--heads", "4", "--patch-size", "1", "--which", "ema", "--iters", "2", "--head-steps", "2", "--reps", "1", "--format", "json")))
+	if len(r.Rows) != 1 || r.Rows[0].Model != "mar_tiny" {
+		t.Errorf("%+v", r.Rows)
+	}
+}
+
+// Ctrl-C while the peer works: both end soon, and the report has the case that
+// was complete.
+func TestBenchInterrupted(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "report.json")
+	signals := make(chan os.Signal, 2)
+	var out, errs buffer
+	done := make(chan int)
+	args := quickBench("--batch", "1,2", "--against", "pytorch-eager", "--peers", fakePeers(t), "--format", "json", "--out", path, "--log-level", "info")
+	go func() { done <- run(args, &out, &errs, signals) }()
+	for start := time.Now(); !strings.Contains(errs.String(), "batch 2: pytorch eager warms up"); time.Sleep(10 * time.Millisecond) {
+		if time.Since(start) > time.Minute {
+			t.Fatalf("no second case: %s", errs.String())
+		}
+	}
+	time.Sleep(50 * time.Millisecond)
+	signals <- os.Interrupt
+	select {
+	case code := <-done:
+		if code != exitInterrupted || !strings.HasSuffix(errs.String(), "margo: interrupted\n") {
+			t.Errorf("exit %d: %s", code, errs.String())
+		}
+	case <-time.After(30 * time.Second):
+		t.Fatal("still running half a minute after the signal")
+	}
+	text, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r := readReport(t, text); len(r.Rows) != 2 || r.Rows[1].Batch != 1 || r.Incomplete != "interrupted" {
+		t.Errorf("%s", text)
+	}
+}
