@@ -1,0 +1,279 @@
+// margo_abi.h: the C interface between margo's Go package cuda and the plugin
+// that holds the CUDA kernels. It is the only header that Go sees.
+//
+// A plugin is a shared library (libmargo_cuda.so: nvcc; libmargo_emu.so: the same
+// sources run on the host) that exports one symbol, margo_plugin. Rules:
+//   - margo_plugin returns a table of functions. Entries are appended, never moved;
+//     a NULL entry is not supported; another major version is refused.
+//   - Every function returns a margo_status. Its text is copied out with
+//     last_error of the context (open: into the caller's buffer).
+//   - Handles are opaque; device addresses are uint64_t, 0 for none. Argument
+//     structs begin with their size, so that an older caller can be recognised.
+//   - Formulas, shapes and dtypes are those of engine.Kernels (engine/kernels.go),
+//     which has checked them: here only what launching needs is checked.
+//   - Ops enqueue on the stream and return; nothing waits but what says so.
+//     Nothing exits, aborts, throws, prints, calls back or keeps thread-local state;
+//     the context's device is made current on entry, so threads may change.
+//   - Ops allocate nothing: workspace is passed in, its size can be asked for.
+#ifndef MARGO_ABI_H
+#define MARGO_ABI_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define MARGO_ABI_MAJOR 1
+#define MARGO_ABI_MINOR 0
+
+typedef enum margo_status {
+	MARGO_OK = 0,
+	MARGO_INVALID = 1,       // arguments that cannot work
+	MARGO_UNSUPPORTED = 2,   // no such op, dtype or combination on this device
+	MARGO_OUT_OF_MEMORY = 3, // text: asked, held and free bytes
+	MARGO_DEVICE_FAULT = 4,  // sticky: the device failed, its state is unknown
+	MARGO_CANCELLED = 5,     // the cancel flag was set
+	MARGO_INTERNAL = 6       // a broken invariant of the plugin
+} margo_status;
+
+// Values of engine.DType and engine.Activation.
+enum { MARGO_F32 = 0, MARGO_BF16 = 1, MARGO_I32 = 2 };
+enum { MARGO_IDENTITY = 0, MARGO_GELU_ERF = 1, MARGO_GELU_TANH = 2, MARGO_SILU = 3 };
+
+typedef struct margo_context margo_context; // a device
+typedef struct margo_stream margo_stream;
+typedef struct margo_event margo_event;
+typedef struct margo_graph margo_graph;
+
+// margo_mat is the matrix view of a tensor: rows × cols elements, rows ld
+// elements apart. p is 0 for an absent option.
+typedef struct margo_mat {
+	uint64_t p;
+	int64_t rows, cols, ld;
+	int32_t dtype, reserved;
+} margo_mat;
+
+typedef struct margo_rng {
+	uint64_t seed;
+	uint32_t purpose, step;
+} margo_rng;
+
+// margo_info describes an opened device.
+typedef struct margo_info {
+	uint32_t size;
+	int32_t sm_count, cc_major, cc_minor;
+	int32_t driver_version, runtime_version; // as 13050 for 13.5
+	uint64_t mem_total, mem_free, l2_bytes, smem_per_block;
+	int32_t cooperative, emulated;
+	char name[128], pci_bus_id[32], arch[16]; // arch: "sm_90", "emu"
+} margo_info;
+
+// margo_counters are totals since the context was opened.
+typedef struct margo_counters {
+	uint32_t size, reserved;
+	uint64_t kernel_launches, graph_launches, graph_kernels; // graph_kernels: kernels run by graph launches
+	uint64_t syncs, copies_in, copies_out, bytes_in, bytes_out, allocs, bytes_allocated, bytes_peak;
+} margo_counters;
+
+// margo_kernel describes a kernel that has been launched, for budgets and traces.
+typedef struct margo_kernel {
+	uint32_t size;
+	int32_t registers, local_bytes, static_smem, max_dynamic_smem, max_threads, blocks_per_sm;
+	uint64_t launches;
+	char name[96];
+} margo_kernel;
+
+typedef struct margo_gemm_args { // y = residual + gate ⊙ act(x·wᵀ + bias); columns n0 … of w
+	uint32_t size;
+	int32_t act;
+	margo_mat x, w, bias, gate, residual, y;
+	int64_t n0, gate_rows;
+} margo_gemm_args;
+
+typedef struct margo_attention_args {
+	uint32_t size;
+	int32_t causal;
+	margo_mat q, k, v, o;
+	margo_mat qoff, koff; // i32 [seqs+1]
+	int64_t seqs, heads, max_q, max_k; // longest sequence of queries and of keys
+	float scale;
+	int32_t reserved;
+} margo_attention_args;
+
+typedef struct margo_norm_args {
+	uint32_t size;
+	float eps;
+	margo_mat x, y, weight, bias, scale, shift;
+	int64_t mod_rows;
+} margo_norm_args;
+
+typedef struct margo_gated_add_args {
+	uint32_t size, reserved;
+	margo_mat x, h, gate, y;
+	int64_t gate_rows;
+} margo_gated_add_args;
+
+typedef struct margo_rows_args { // an index outside its tensor is reported by the next wait, and that row is not written
+	uint32_t size;
+	int32_t act;
+	margo_mat y, a, b, iy, ia, ib;
+	int64_t count;
+} margo_rows_args;
+
+typedef struct margo_cast_args {
+	uint32_t size;
+	float scale;
+	margo_mat x, y;
+	float shift;
+	int32_t reserved;
+} margo_cast_args;
+
+typedef struct margo_timestep_args {
+	uint32_t size;
+	float max_period;
+	margo_mat t, y;
+} margo_timestep_args;
+
+typedef struct margo_normal_args {
+	uint32_t size, reserved;
+	margo_mat y, ids;
+	margo_rng rng;
+} margo_normal_args;
+
+typedef struct margo_coef { // engine.StepCoef
+	double a, b, min_log, max_log;
+	int32_t last, exact;
+} margo_coef;
+
+typedef struct margo_diffusion_step_args {
+	uint32_t size;
+	float temperature;
+	margo_mat x, y, out, guidance, noise, ids;
+	margo_rng rng;
+	margo_coef coef;
+} margo_diffusion_step_args;
+
+typedef struct margo_linear { // w [N,K], bias [N]
+	margo_mat w, bias;
+} margo_linear;
+
+typedef struct margo_head_block {
+	margo_mat norm_weight, norm_bias;
+	margo_linear fc1, fc2;
+} margo_head_block;
+
+typedef struct margo_head_weights {
+	margo_linear input, ada, final;
+	const margo_head_block *blocks; // host memory, read during the call
+	int32_t depth;
+	float eps;
+} margo_head_weights;
+
+typedef struct margo_head_steps_args {
+	uint32_t size;
+	float temperature;
+	margo_mat x, cond, time, guidance, noise, ids, trace;
+	margo_rng rng;
+	margo_head_weights weights, exact; // exact: used for steps with coef.exact
+	const margo_coef *steps;           // host memory, read during the call
+	int64_t step_count;
+	const uint32_t *cancel;            // host memory, polled before every step; may be NULL
+	uint64_t workspace, workspace_bytes;
+	int32_t path; // 0: the plugin chooses; 1: throughput (GEMMs); 2: latency (persistent kernel)
+	int32_t reserved;
+} margo_head_steps_args;
+
+typedef struct margo_conv2d_args { // NHWC; see engine.Conv2DArgs
+	uint32_t size;
+	int32_t upsample;
+	margo_mat x, w, bias, residual, y; // x, residual and y as matrices of pixels × channels, contiguous
+	int64_t n, h, wd, ho, wo;          // images, input height and width, output height and width
+	int32_t kernel, stride, pad_top, pad_left;
+} margo_conv2d_args;
+
+typedef struct margo_group_norm_args {
+	uint32_t size;
+	int32_t act;
+	margo_mat x, y, weight, bias;
+	int64_t n, pixels; // images, pixels of an image
+	int32_t groups;
+	float eps;
+	uint64_t workspace, workspace_bytes; // group_norm_workspace
+} margo_group_norm_args;
+
+typedef struct margo_patchify_args {
+	uint32_t size;
+	int32_t inverse;
+	margo_mat x, y;
+	int64_t n, h, w, c, p;
+} margo_patchify_args;
+
+// margo_api is the table. Unless said otherwise pointers to results must not be
+// NULL, and strings are zero-terminated.
+typedef struct margo_api {
+	uint32_t size, major, minor, reserved;
+	const char *build; // compiler and architectures, for humans
+
+	// Devices. open fails with the reason in err; flags: bit 0 fills new memory with NaN.
+	margo_status (*device_count)(int32_t *n, char *err, size_t err_bytes);
+	margo_status (*open)(int32_t ordinal, uint32_t flags, margo_context **out, char *err, size_t err_bytes);
+	margo_status (*close)(margo_context *); // waits for the device
+	margo_status (*info)(margo_context *, margo_info *out); // out->size is set by the caller
+	margo_status (*last_error)(margo_context *, char *out, size_t bytes);
+	margo_status (*counters)(margo_context *, margo_counters *out);
+	margo_status (*kernel)(margo_context *, int64_t i, margo_kernel *out); // i-th kernel launched; INVALID past the end
+
+	// Memory. free takes effect after all work enqueued so far on any stream of the
+	// context. host_alloc gives pinned memory.
+	margo_status (*alloc)(margo_context *, uint64_t bytes, uint64_t *out);
+	margo_status (*free)(margo_context *, uint64_t p);
+	margo_status (*host_alloc)(margo_context *, uint64_t bytes, void **out);
+	margo_status (*host_free)(margo_context *, void *p);
+
+	// Streams, events, graphs. Waiting calls: stream_sync, copy_out; copy_in has taken
+	// the data when it returns. While a stream captures, waiting calls are INVALID.
+	margo_status (*stream_create)(margo_context *, margo_stream **out);
+	margo_status (*stream_destroy)(margo_stream *);
+	margo_status (*stream_sync)(margo_stream *);
+	margo_status (*event_record)(margo_stream *, margo_event **out);
+	margo_status (*event_wait)(margo_stream *, margo_event *);
+	margo_status (*event_elapsed)(margo_event *from, margo_event *to, float *ms); // waits for both
+	margo_status (*event_destroy)(margo_event *);
+	margo_status (*capture_begin)(margo_stream *);
+	margo_status (*capture_end)(margo_stream *, margo_graph **out); // out NULL: discard
+	margo_status (*graph_launch)(margo_stream *, margo_graph *);
+	margo_status (*graph_destroy)(margo_graph *);
+
+	margo_status (*copy_in)(margo_stream *, uint64_t dst, const void *src, uint64_t bytes);
+	margo_status (*copy_out)(margo_stream *, void *dst, uint64_t src, uint64_t bytes);
+	margo_status (*copy)(margo_stream *, const margo_mat *dst, const margo_mat *src); // same dtype and shape
+	margo_status (*fill)(margo_stream *, const margo_mat *dst, float v); // i32: its integer part
+
+	// Ops.
+	margo_status (*gemm)(margo_stream *, const margo_gemm_args *);
+	margo_status (*attention)(margo_stream *, const margo_attention_args *);
+	margo_status (*norm)(margo_stream *, const margo_norm_args *);
+	margo_status (*gated_add)(margo_stream *, const margo_gated_add_args *);
+	margo_status (*rows)(margo_stream *, const margo_rows_args *);
+	margo_status (*cast)(margo_stream *, const margo_cast_args *);
+	margo_status (*timestep_embedding)(margo_stream *, const margo_timestep_args *);
+	margo_status (*normal)(margo_stream *, const margo_normal_args *);
+	margo_status (*diffusion_step)(margo_stream *, const margo_diffusion_step_args *);
+	margo_status (*head_steps_workspace)(margo_context *, const margo_head_steps_args *, uint64_t budget, uint64_t *bytes);
+	margo_status (*head_steps)(margo_stream *, const margo_head_steps_args *);
+	margo_status (*conv2d)(margo_stream *, const margo_conv2d_args *);
+	margo_status (*group_norm_workspace)(margo_context *, const margo_group_norm_args *, uint64_t *bytes);
+	margo_status (*group_norm)(margo_stream *, const margo_group_norm_args *);
+	margo_status (*patchify)(margo_stream *, const margo_patchify_args *);
+} margo_api;
+
+// margo_plugin returns the table if it has this major version, else NULL; *have is
+// then the plugin's. The table lives as long as the library is loaded.
+const margo_api *margo_plugin(uint32_t major, uint32_t *have);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
