@@ -2,12 +2,14 @@
 
 import torch
 
+import device
+
 
 class RandomDraws:
     """Fresh draws from one seed. The stream is PyTorch's own: images differ from margo's for the same seed."""
 
     def __init__(self, seed):
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = device.generator(seed)
 
     def orders(self, images, tokens):
         """Generation orders, [images, tokens] int64."""

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import device
 from model import load_into, randomize, read_weights
 
 KL16 = dict(ch=128, ch_mult=[1, 1, 2, 2, 4], num_res_blocks=2, z_channels=16, resolution=256, decoder_attn_resolutions=[])
@@ -139,7 +140,7 @@ class Tokenizer:
         if self.mode == "tuned":
             with torch.inference_mode():
                 return self.decoder(z.to(self.dtype, memory_format=torch.channels_last), swish_fused).float()
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+        with torch.no_grad(), torch.autocast(device.kind(), torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             return self.decoder(z, swish_plain).float()
 
 

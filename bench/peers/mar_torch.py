@@ -15,6 +15,7 @@ import traceback
 
 import torch
 
+import device
 from draws import RandomDraws
 from eager import EagerSampler
 from kl import load_tokenizer
@@ -97,8 +98,10 @@ class Peer:
     def load(self, request):
         mode = choice("mode", request.get("mode", "eager"), SAMPLERS)
         dtype = DTYPES[choice("dtype", request.get("dtype", "f32"), DTYPES)]
-        torch.set_num_threads(int(request.get("threads") or os.cpu_count()))
-        started = time.perf_counter()
+        torch.set_default_device(request.get("device", "cpu"))
+        if device.kind() == "cpu":
+            torch.set_num_threads(int(request.get("threads") or os.cpu_count()))
+        started = device.now()
         self.mar = self.sampler = self.tokenizer = None  # give the memory back first
         reply = {"mode": mode, "threads": torch.get_num_threads()}
         if request.get("config") is not None or request.get("weights") is not None:
@@ -111,7 +114,7 @@ class Peer:
             reply["tokenizer_parameters"] = sum(p.numel() for p in self.tokenizer.decoder.parameters())
         if self.sampler is None and self.tokenizer is None:
             raise ValueError("load needs a config, weights or a tokenizer")
-        return {**reply, "seconds_total": time.perf_counter() - started}
+        return {**reply, "seconds_total": device.now() - started}
 
     def need(self, part):
         value = getattr(self, part)
@@ -126,15 +129,15 @@ class Peer:
         tokenizer = self.need("tokenizer") if request.decode else None
         clock, cpu = Clock(), time.process_time()
         with sampler.context():
-            started = time.perf_counter()
+            started = device.now()
             sampler.prepare(request)
-            setup = time.perf_counter() - started
+            setup = device.now() - started
             latents = mar.unpatchify(sampler.sample(request, draws or RandomDraws(request.seed), clock))
         pixels, vae = None, 0.0
         if tokenizer:
-            started = time.perf_counter()
+            started = device.now()
             pixels = tokenizer.decode(latents)
-            vae = time.perf_counter() - started
+            vae = device.now() - started
         parts = {part: clock.sum(part) for part in ("enc", "dec", "head")}
         return latents, pixels, {
             "seconds_total": setup + clock.sum("total") + vae, "setup": setup, **parts, "vae": vae,
@@ -169,11 +172,11 @@ class Peer:
         if self.mar is not None:
             side = self.mar.side * self.mar.config["patch_size"]
         h, w = int(request.get("height", side)), int(request.get("width", side))
-        generator = torch.Generator().manual_seed(int(request.get("seed", 0)))
+        generator = device.generator(int(request.get("seed", 0)))
         z = torch.randn(n, tokenizer.decoder.post_quant_conv.in_channels, h, w, generator=generator) * tokenizer.scale
-        started = time.perf_counter()
+        started = device.now()
         tokenizer.decode(z)
-        return {"seconds_total": time.perf_counter() - started}
+        return {"seconds_total": device.now() - started}
 
     def answer(self, line):
         try:

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import nn
 
+import device
+
 DEFAULTS = dict(img_size=256, vae_stride=16, patch_size=1, vae_embed_dim=16, mlp_ratio=4.0, class_num=1000,
                 buffer_size=64, diffloss_d=3, diffloss_w=1024, layernorm_eps=1e-6)
 
@@ -232,7 +234,7 @@ class MAR(nn.Module):
 
 def randomize(module, seed=0):
     """Random weights for timing. Unlike the authors' initialisation nothing is zero: zero operands may run cooler."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = device.generator(seed)
     norms = {id(p) for m in module.modules() if isinstance(m, (nn.LayerNorm, nn.GroupNorm)) for p in m.parameters()}
     with torch.no_grad():
         for p in module.parameters():

@@ -10,16 +10,21 @@ What it does beyond the authors' code (README.md says why each is fair):
 - bf16 means bf16 weights and activations, without autocast; the reverse process keeps x in float32.
 """
 
-import time
-
 import torch
 import torch.nn.functional as F
 
+import device
 from schedule import cfg_scale, masked_counts
 
 # How much of the modulations is computed at a time: enough rows for an efficient GEMM, little enough to stay in the
 # last-level cache and below malloc's threshold for fresh (page-faulting) memory. 4 to 32 MiB measure alike.
 MODULATION_BYTES = 8 << 20
+CUDA_MODULATION_BYTES = 256 << 20  # there is no cache to stay in, and large GEMMs are what a GPU wants
+
+
+def onednn_packs(dtype):
+    """oneDNN packs for CPUs only, and bf16 only where the CPU has instructions for it."""
+    return device.kind() == "cpu" and (dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class Packed:
@@ -28,6 +33,9 @@ class Packed:
     # The pack's layout depends on the row count it is asked for. One row would give a layout that suits only one
     # row; any larger count gives the same times for all counts, one row included.
     ROWS = 64
+
+    def __new__(cls, weight, bias, dtype):
+        return super().__new__(cls if onednn_packs(dtype) else Plain)
 
     def __init__(self, weight, bias, dtype):
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype).contiguous(), self.ROWS)
@@ -38,6 +46,21 @@ class Packed:
 
     def add(self, x, other):
         return torch.ops.mkldnn._linear_pointwise.binary(x, other, self.weight, self.bias, "add")
+
+
+class Plain(Packed):
+    """The same where oneDNN does not pack: cuBLAS and ATen take weights as they are."""
+
+    ACTIVATIONS = {"none": lambda x: x, "gelu": F.gelu, "swish": F.silu}
+
+    def __init__(self, weight, bias, dtype):
+        self.weight, self.bias = weight.detach().to(dtype).contiguous(), bias.detach().to(dtype)
+
+    def __call__(self, x, act="none"):
+        return self.ACTIVATIONS[act](F.linear(x, self.weight, self.bias))
+
+    def add(self, x, other):
+        return other + F.linear(x, self.weight, self.bias)
 
 
 class Norm:
@@ -55,7 +78,7 @@ class Norm:
 def attention(q, k, v):
     """softmax(q k^T / sqrt(d)) v for [N, H, L, d]. ATen's fused CPU kernel is the faster one in float32; in bf16 the two
     products on oneDNN are, by a third at 320 tokens."""
-    if q.dtype == torch.float32:
+    if q.dtype == torch.float32 or device.kind() == "cuda":
         return F.scaled_dot_product_attention(q, k, v)
     return torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1), dim=-1) @ v
 
@@ -102,7 +125,7 @@ class TunedHead:
         self.dtype, self.channels = dtype, net.channels
         self.width, self.depth = net.input_proj.out_features, len(net.res_blocks)
         self.time_embed = net.time_embed  # float32: run once per list of timesteps
-        self.times = {}
+        self.times, self.graphs = {}, {}
         self.cond = Packed(net.cond_embed.weight, net.cond_embed.bias, dtype)
         self.input = Packed(net.input_proj.weight, net.input_proj.bias, dtype)
         self.blocks = [(Norm(b.in_ln, dtype), Packed(b.mlp[0].weight, b.mlp[0].bias, dtype),
@@ -137,13 +160,40 @@ class TunedHead:
 
     def sample(self, z, scale, guided, request, iteration, draws):
         """z [R, D] (guided: conditional rows, then unconditional) -> tokens [n, C] in float32."""
-        diffusion, channels, copies = request.diffusion, self.channels, 2 if guided else 1
-        rows, n = len(z), len(z) // copies
+        steps, channels, n = request.diffusion.steps, self.channels, len(z) // (2 if guided else 1)
         x = draws.initial(iteration, n, channels)
-        noise = draws.steps(iteration, diffusion.steps, n, channels)
-        c, times = self.cond(z), self.time_table(diffusion)
+        noise = draws.steps(iteration, steps, n, channels)
+        self.time_table(request.diffusion)
+        loop = self.replay if device.kind() == "cuda" else self.loop
+        return loop(self.cond(z), x, noise, torch.as_tensor(scale, dtype=torch.float32), guided, request)
+
+    def replay(self, c, x, noise, scale, guided, request):
+        """loop as a CUDA graph, captured once for each number of rows: without it the launches take most of the time."""
+        inputs = (c, x, noise, scale)
+        key = (c.shape, guided, request.temperature, tuple(request.diffusion.timestep_map))
+        if key not in self.graphs:
+            static = [v.clone() for v in inputs]
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self.loop(*static, guided, request)  # libraries allocate at their first call, which a capture forbids
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                out = self.loop(*static, guided, request)
+            self.graphs[key] = graph, static, out
+        graph, static, out = self.graphs[key]
+        for held, given in zip(static, inputs):
+            held.copy_(given)
+        graph.replay()
+        return out.clone()
+
+    def loop(self, c, x, noise, scale, guided, request):
+        """The reverse process: conditions c [R, W], x [n, C], noise [S, n, C], scale a number -> tokens [n, C]."""
+        diffusion, channels, copies = request.diffusion, self.channels, 2 if guided else 1
+        rows, n, times = len(c), len(x), self.time_table(diffusion)
         per_step = rows * (3 * self.depth + 2) * self.width * c.element_size()
-        chunk = max(1, MODULATION_BYTES // per_step)
+        chunk = max(1, (MODULATION_BYTES if device.kind() == "cpu" else CUDA_MODULATION_BYTES) // per_step)
         for first in range(0, diffusion.steps, chunk):
             y = F.silu(times[first : first + chunk, None] + c)
             mods = self.ada(y.view(-1, self.width)).view(len(y), rows, -1, self.width).transpose(1, 2)
@@ -244,14 +294,14 @@ class TunedSampler:
                 tokens.scatter_(1, at, draws.normal(*at.shape))
                 continue
             scale = cfg_scale(request.cfg, request.cfg_schedule, self.seq_len, counts[step + 1])
-            started = time.perf_counter()
+            started = device.now()
             x = self.encode(tokens, visible, embedding)
-            encoded = time.perf_counter()
+            encoded = device.now()
             z = self.decode(x, visible, predict).flatten(0, 1)
-            decoded = time.perf_counter()
+            decoded = device.now()
             sampled = self.head.sample(z, scale, guided, request, step, draws)
-            headed = time.perf_counter()
+            headed = device.now()
             tokens.scatter_(1, at, sampled.view(at.shape))
             clock.iteration(step, enc=encoded - started, dec=decoded - encoded, head=headed - decoded,
-                            total=time.perf_counter() - started, rows=len(z))
+                            total=device.now() - started, rows=len(z))
         return tokens

@@ -242,7 +242,7 @@ func (j *benchJob) model(s *subject, d engine.DType) error {
 		}
 	}()
 	for _, mode := range j.modes {
-		load := map[string]any{"dtype": d.String(), "threads": j.dev.Info().Threads}
+		load := map[string]any{"dtype": d.String(), "threads": j.dev.Info().Threads, "device": peerDevice(j.dev.Name())}
 		for k, v := range s.peer {
 			load[k] = v
 		}
@@ -259,6 +259,14 @@ func (j *benchJob) model(s *subject, d engine.DType) error {
 		}
 	}
 	return nil
+}
+
+// peerDevice is PyTorch's name of the device that a margo device runs on.
+func peerDevice(name string) string {
+	if strings.HasPrefix(name, "cuda:") {
+		return name
+	}
+	return "cpu"
 }
 
 func (j *benchJob) run(s *subject, d engine.DType, batch int, own *bench.Margo, sides []bench.Side) error {
