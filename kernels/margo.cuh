@@ -50,6 +50,7 @@ MARGO_DEVICE bf16 to_bf16(float f) { // a NaN stays a quiet NaN
 template <class T> MARGO_DEVICE T from_f32(float v);
 template <> MARGO_DEVICE float from_f32<float>(float v) { return v; }
 template <> MARGO_DEVICE bf16 from_f32<bf16>(float v) { return to_bf16(v); }
+template <> MARGO_DEVICE int32_t from_f32<int32_t>(float v) { return int32_t(v); } // towards zero
 
 #ifdef __CUDACC__
 namespace gpu {

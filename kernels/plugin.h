@@ -21,6 +21,9 @@ struct margo_kernel_stat {
 	uint64_t launches;
 };
 
+// Values of *margo_context::device_error, by rising weight (kernels use atomicMax).
+enum { DEVICE_ERROR_ROWS = 1 }; // rows: an index outside its tensor
+
 struct margo_context {
 	int ordinal = 0;
 	uint32_t flags = 0;
