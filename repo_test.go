@@ -69,6 +69,7 @@ var allowed = map[string][]string{
 	"engine/plan":        {"engine"},
 	"engine/conformance": {"engine", "engine/ref", "engine/plan"},
 	"cpu":                {"engine"},
+	"cuda":               {"engine"},
 	"engine/atomicfile":  {"engine"},
 	"engine/checkpoint":  {"engine", "engine/atomicfile"},
 	"engine/load":        {"engine", "engine/checkpoint"},

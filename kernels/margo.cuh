@@ -55,6 +55,10 @@ template <> MARGO_DEVICE int32_t from_f32<int32_t>(float v) { return int32_t(v);
 #ifdef __CUDACC__
 namespace gpu {
 
+constexpr int emulated = 0;
+inline constexpr char build[] = "CUDA plugin";
+inline const char *report() { return ""; } // what an emulator found wrong
+
 // smem is the block's dynamic shared memory as a T, aligned to 128 bytes (1024 on sm_90a
 // kernels that ask TMA for swizzled tiles align by themselves).
 template <class T> __device__ __forceinline__ T &smem() {

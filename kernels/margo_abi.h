@@ -67,6 +67,7 @@ typedef struct margo_info {
 	int32_t driver_version, runtime_version; // as 13050 for 13.5
 	uint64_t mem_total, mem_free, l2_bytes, smem_per_block;
 	int32_t cooperative, emulated;
+	int32_t clock_khz, memory_clock_khz, memory_bus_bits; // 0 where unknown
 	char name[128], pci_bus_id[32], arch[16]; // arch: "sm_90", "emu"
 } margo_info;
 
@@ -267,6 +268,8 @@ typedef struct margo_api {
 	margo_status (*group_norm_workspace)(margo_context *, const margo_group_norm_args *, uint64_t *bytes);
 	margo_status (*group_norm)(margo_stream *, const margo_group_norm_args *);
 	margo_status (*patchify)(margo_stream *, const margo_patchify_args *);
+
+	margo_status (*synchronize)(margo_context *); // waits for all streams
 } margo_api;
 
 // margo_plugin returns the table if it has this major version, else NULL; *have is

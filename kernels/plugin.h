@@ -4,6 +4,8 @@
 
 #include <atomic>
 #include <cstdarg>
+#include <functional>
+#include <map>
 #include <mutex>
 #include <string>
 #include <vector>
@@ -32,16 +34,24 @@ struct margo_context {
 	std::string error;
 	margo_counters counters{};
 	std::vector<margo_kernel_stat> kernels;
-	std::vector<margo_stream *> streams;
+	std::map<uint64_t, uint64_t> sizes;            // of memory that is held
+	std::vector<std::function<void()>> releases; // run by close: what ops cached in the context
 	uint32_t *device_error = nullptr; // device word: set by kernels that meet an index out of range; read by waits
 	int cc() const { return prop.major * 10 + prop.minor; }
 };
 
 struct margo_stream {
 	margo_context *ctx;
-	cudaStream_t s;
+	cudaStream_t s = nullptr;
 	bool capturing = false;
 	uint64_t captured_kernels = 0;
+	bool rows_enqueued = false; // an op that may set device_error since the last wait
+	struct {
+		void *p = nullptr;
+		uint64_t bytes = 0;
+		cudaEvent_t done = nullptr; // the last copy from it
+	} slots[2]; // pinned staging
+	int next_slot = 0;
 };
 
 // fail stores a printf-formatted text in the context and returns the status.

@@ -1,0 +1,302 @@
+package cuda
+
+// #include "calls.h"
+import "C"
+
+import (
+	"fmt"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"unsafe"
+
+	"margo/engine"
+)
+
+// Options of a Device.
+type Options struct {
+	Poison bool // fill new memory with NaN, to find reads of undefined contents
+}
+
+// Device is one CUDA device, or an emulated one.
+type Device struct {
+	name string
+	p    *plugin
+	ctx  *C.margo_context
+	info C.margo_info
+	used atomic.Int64 // bytes of buffers, packed weights and workspaces
+
+	mu    sync.Mutex
+	peaks [3]float64      // f32, bf16, memory
+	util  *C.margo_stream // for Pack
+
+	headPath atomic.Int32
+}
+
+var _ engine.Device = (*Device)(nil)
+
+// Open opens the device "cuda:N" or "emu:N"; without ":N" it is the first.
+func Open(name string, o Options) (*Device, error) {
+	kind, number, found := strings.Cut(name, ":")
+	n := 0
+	if kind != "cuda" && kind != "emu" {
+		return nil, engine.Errorf("open device", engine.Invalid, "%q is not a CUDA device; use cuda:0 or emu:0", name)
+	}
+	if found {
+		var err error
+		if n, err = strconv.Atoi(number); err != nil || n < 0 || n > 1<<16 {
+			return nil, engine.Errorf("open device", engine.Invalid, "%q is not a CUDA device; use %s:0", name, kind)
+		}
+	}
+	p, err := load(kind)
+	if err != nil {
+		return nil, err
+	}
+	d := &Device{name: fmt.Sprintf("%s:%d", kind, n), p: p}
+	flags := C.uint32_t(0)
+	if o.Poison {
+		flags = 1
+	}
+	text := make([]byte, 1024)
+	if s := C.m_open(p.api, C.int32_t(n), flags, &d.ctx, (*C.char)(unsafe.Pointer(&text[0])), C.size_t(len(text))); s != C.MARGO_OK {
+		return nil, &engine.Error{Op: "open device", Kind: kinds[s], Device: d.name, Err: fmt.Errorf("%s", cString(text))}
+	}
+	d.info.size = C.sizeof_margo_info
+	err = d.status("open device", C.m_info(p.api, d.ctx, &d.info))
+	if err == nil {
+		err = d.status("open device", C.m_stream_create(p.api, d.ctx, &d.util))
+	}
+	if err != nil {
+		C.m_close(p.api, d.ctx)
+		return nil, err
+	}
+	return d, nil
+}
+
+// status makes an error of what a call returned.
+func (d *Device) status(op engine.Op, s C.margo_status) error {
+	if s == C.MARGO_OK {
+		return nil
+	}
+	text := make([]byte, 2048)
+	C.m_last_error(d.p.api, d.ctx, (*C.char)(unsafe.Pointer(&text[0])), C.size_t(len(text)))
+	return d.errorf(op, kinds[s], "%s", cString(text))
+}
+
+// errorf makes an error that names the device.
+func (d *Device) errorf(op engine.Op, k engine.Kind, format string, args ...any) *engine.Error {
+	e := engine.Errorf(string(op), k, format, args...)
+	e.Device = d.name
+	return e
+}
+
+// named puts the device's name into an error of the engine.
+func (d *Device) named(err error) error {
+	if e, ok := err.(*engine.Error); ok && e.Device == "" {
+		e.Device = d.name
+	}
+	return err
+}
+
+// Name is "cuda:0" or "emu:0".
+func (d *Device) Name() string { return d.name }
+
+// Info describes the device; MemFree is read anew.
+func (d *Device) Info() engine.Info {
+	now := d.info
+	if C.m_info(d.p.api, d.ctx, &now) != C.MARGO_OK {
+		now = d.info
+	}
+	i := engine.Info{Name: d.name, Model: C.GoString(&now.name[0]), Arch: C.GoString(&now.arch[0]), Threads: int(now.sm_count),
+		MemTotal: int64(now.mem_total), MemFree: int64(now.mem_free)}
+	d.mu.Lock()
+	i.PeakF32, i.PeakBF16, i.PeakMemory = d.peaks[0], d.peaks[1], d.peaks[2]
+	d.mu.Unlock()
+	return i
+}
+
+// PCIBusID is where the device sits, as NVML names it.
+func (d *Device) PCIBusID() string { return C.GoString(&d.info.pci_bus_id[0]) }
+
+// fmaPerClock is how many multiply-adds a multiprocessor finishes in a clock, in F32
+// and with BF16 operands on tensor cores (dense), by compute capability. From the
+// vendor's architecture papers; what is not listed is unknown.
+var fmaPerClock = map[[2]int][2]float64{{8, 0}: {64, 1024}, {8, 6}: {128, 512}, {8, 9}: {128, 512}, {9, 0}: {128, 2048}, {10, 0}: {128, 4096}}
+
+// MeasurePeaks puts the device's peaks into Info. They are not measured: they follow
+// from clocks, multiprocessors and bus width that the driver reports, and are what a
+// roofline is drawn with. 0 where the driver or this table does not know.
+func (d *Device) MeasurePeaks() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	rate, ok := fmaPerClock[[2]int{int(d.info.cc_major), int(d.info.cc_minor)}]
+	if ok && d.info.emulated == 0 {
+		clocks := 2 * float64(d.info.sm_count) * float64(d.info.clock_khz) * 1e3
+		d.peaks[0], d.peaks[1] = clocks*rate[0], clocks*rate[1]
+		d.peaks[2] = 2 * float64(d.info.memory_clock_khz) * 1e3 * float64(d.info.memory_bus_bits) / 8
+	}
+}
+
+// entries are the ops of the plugin's table.
+var entries = map[engine.Op]C.int{
+	engine.OpGemm: C.M_GEMM, engine.OpAttention: C.M_ATTENTION, engine.OpNorm: C.M_NORM, engine.OpGatedAdd: C.M_GATED_ADD,
+	engine.OpRows: C.M_ROWS, engine.OpCast: C.M_CAST, engine.OpTimestepEmbedding: C.M_TIMESTEP, engine.OpNormal: C.M_NORMAL,
+	engine.OpDiffusionStep: C.M_DIFFUSION, engine.OpHeadSteps: C.M_HEAD, engine.OpConv2D: C.M_CONV,
+	engine.OpGroupNorm: C.M_GROUP_NORM, engine.OpPatchify: C.M_PATCHIFY,
+}
+
+// Supports is true for the ops of the plugin's table, in both dtypes.
+func (d *Device) Supports(op engine.Op, t engine.DType) bool {
+	e, ok := entries[op]
+	return ok && (t == engine.F32 || t == engine.BF16) && C.m_has(d.p.api, e) != 0
+}
+
+// HeadPath is how HeadSteps runs: 0 lets the plugin choose, 1 is the throughput path
+// of GEMMs, 2 the latency path, one persistent kernel for few rows.
+func (d *Device) HeadPath() int { return int(d.headPath.Load()) }
+
+// SetHeadPath sets HeadPath.
+func (d *Device) SetHeadPath(path int) { d.headPath.Store(int32(path)) }
+
+// Used is the number of bytes in buffers, packed weights and workspaces.
+func (d *Device) Used() int64 { return d.used.Load() }
+
+// Counters are totals since the device was opened.
+type Counters struct {
+	Kernels, Graphs, GraphKernels uint64 // launches; kernels run by graphs
+	Syncs, CopiesIn, CopiesOut    uint64
+	BytesIn, BytesOut             uint64
+	Allocs, Held, Peak            uint64 // bytes held now and at most
+}
+
+// Counters reads the device's totals.
+func (d *Device) Counters() Counters {
+	var c C.margo_counters
+	c.size = C.sizeof_margo_counters
+	C.m_counters(d.p.api, d.ctx, &c)
+	return Counters{uint64(c.kernel_launches), uint64(c.graph_launches), uint64(c.graph_kernels), uint64(c.syncs), uint64(c.copies_in),
+		uint64(c.copies_out), uint64(c.bytes_in), uint64(c.bytes_out), uint64(c.allocs), uint64(c.bytes_allocated), uint64(c.bytes_peak)}
+}
+
+// Kernel is what the compiler made of a kernel, and how often it was launched.
+type Kernel struct {
+	Name                             string
+	Registers, Local, Shared         int // local: bytes of a thread that were spilled or indexed; shared: bytes of a block
+	Threads, BlocksPerMultiprocessor int
+	Launches                         uint64
+}
+
+// Kernels lists the kernels launched so far.
+func (d *Device) Kernels() []Kernel {
+	var all []Kernel
+	for i := 0; ; i++ {
+		var k C.margo_kernel
+		k.size = C.sizeof_margo_kernel
+		if C.m_kernel(d.p.api, d.ctx, C.int64_t(i), &k) != C.MARGO_OK {
+			return all
+		}
+		all = append(all, Kernel{C.GoString(&k.name[0]), int(k.registers), int(k.local_bytes), int(k.static_smem + k.max_dynamic_smem),
+			int(k.max_threads), int(k.blocks_per_sm), uint64(k.launches)})
+	}
+}
+
+// Close waits for the device and gives it back. Memory that is still held is an
+// error that says how much.
+func (d *Device) Close() error {
+	if d.ctx == nil {
+		return nil
+	}
+	err := d.status("close", C.m_stream_destroy(d.p.api, d.util))
+	if s := C.m_close(d.p.api, d.ctx); s != C.MARGO_OK && err == nil {
+		err = d.errorf("close", kinds[s], "the device failed before it was closed")
+	}
+	d.ctx = nil
+	if n := d.Used(); n != 0 && err == nil {
+		err = d.errorf("close", engine.Internal, "%d bytes were not freed", n)
+	}
+	return err
+}
+
+// buffer is device memory.
+type buffer struct {
+	dev   *Device
+	addr  C.uint64_t // 0 once freed
+	bytes int
+}
+
+func (b *buffer) Bytes() int { return b.bytes }
+
+// Free gives the memory back once the device has finished what was enqueued.
+func (b *buffer) Free() error {
+	if b.addr == 0 {
+		return b.dev.errorf("free", engine.Invalid, "memory was freed before")
+	}
+	err := b.dev.status("free", C.m_free(b.dev.p.api, b.dev.ctx, b.addr))
+	b.dev.used.Add(-int64(b.bytes))
+	b.addr, b.bytes = 0, 0
+	return err
+}
+
+// Alloc takes device memory, aligned to 256 bytes.
+func (d *Device) Alloc(bytes int) (engine.Buffer, error) {
+	b, err := d.alloc("alloc", bytes)
+	if err != nil {
+		return nil, err
+	}
+	return b, nil
+}
+
+func (d *Device) alloc(op engine.Op, bytes int) (*buffer, error) {
+	if bytes < 0 {
+		return nil, d.errorf(op, engine.Invalid, "%d bytes", bytes)
+	}
+	b := &buffer{dev: d, bytes: bytes}
+	if err := d.status(op, C.m_alloc(d.p.api, d.ctx, C.uint64_t(bytes), &b.addr)); err != nil {
+		return nil, err
+	}
+	d.used.Add(int64(bytes))
+	return b, nil
+}
+
+// packed is a weight with rows that begin at multiples of 16 bytes, so that
+// kernels can load it in vectors; what is added to a row is 0.
+type packed struct {
+	*buffer
+	dtype    engine.DType
+	n, k, ld int
+}
+
+// Pack copies W into aligned rows of the dtype asked for.
+func (d *Device) Pack(a engine.PackArgs) (engine.Packed, error) {
+	if err := d.named(a.Check()); err != nil {
+		return nil, err
+	}
+	n, k := a.W.Rows(), a.W.Cols()
+	per := 16 / a.DType.Size()
+	p := &packed{dtype: a.DType, n: n, k: k, ld: (k + per - 1) / per * per}
+	var err error
+	if p.buffer, err = d.alloc("pack", max(n*p.ld*a.DType.Size(), 16)); err != nil {
+		return nil, err
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	// W may still be on its way on any stream.
+	err = d.status("pack", C.m_synchronize(d.p.api, d.ctx))
+	s := &Stream{dev: d, s: d.util}
+	whole := engine.NewTensor(p.buffer, 0, a.DType, n, p.ld)
+	if err == nil && n > 0 {
+		err = s.Fill(whole, 0)
+	}
+	if err == nil && n > 0 && k > 0 {
+		err = s.Cast(engine.CastArgs{X: a.W, Y: whole.Slice(0, k), Scale: 1})
+	}
+	if err == nil {
+		err = s.Sync()
+	}
+	if err != nil {
+		p.Free()
+		return nil, err
+	}
+	return p, nil
+}

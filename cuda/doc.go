@@ -1,0 +1,14 @@
+// Package cuda is the CUDA device: engine.Device and engine.Stream over a plugin
+// that holds the kernels (kernels/). margo links neither CUDA nor the plugin: it is
+// opened at run time, so one binary starts everywhere, and a machine without CUDA
+// gets an error that says what is missing.
+//
+// There are two plugins of the same sources: libmargo_cuda.so, compiled by nvcc, and
+// libmargo_emu.so, which runs every CUDA thread on the host and checks what a GPU
+// would not; devices are called "cuda:0" and "emu:0". A plugin is looked for in
+//
+//	$MARGO_CUDA_PLUGIN or $MARGO_EMU_PLUGIN (the file itself), the folder of the
+//	executable, ../lib from there, and ./bin
+//
+// Bindings are our own and thin: the function table of kernels/margo_abi.h.
+package cuda
