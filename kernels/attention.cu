@@ -1,0 +1,285 @@
+// attention.cu: fused attention forward in bf16 on tensor cores (mma.sync), one pass over the keys
+// with an online softmax (FlashAttention-2); and the dispatch of op_attention.
+//
+// Mapping. A block computes 16·STRIPS queries of one head of one sequence: warp w owns the 16
+// queries of strip w/SPLIT and D/SPLIT columns of the output (SPLIT > 1 only for heads too wide
+// for one warp's registers: then S is computed by each of them). Grid: query tiles × heads ×
+// sequences; blocks past the end of a short sequence leave at once. Lane l of a warp holds,
+// as mma.m16n8k16 wants, rows g = l/4 and g+8 of every 8-column tile, columns 2(l%4) and next.
+// Heads: D is the least of 16, 32, 48, 64, 72, 80, 96, 128, 192, 256, 512 that holds dh; columns beyond dh
+// are zero. 72 = 4·16 + 8 ends with m16n8k8.
+//
+// Pipeline. Keys come in tiles of BN, counted from the sequence's own first key. K and V of
+// tile j+1 are copied by cp.async into the other of two buffers while tile j is multiplied; one
+// barrier per tile. Tiles that all queries see whole take a path without masks; the others
+// (end of the sequence, diagonal) run the same operations on masked scores.
+//
+// Shared memory. Q: 16·STRIPS rows; K, V: 2 buffers of BN rows each; rows of D (+8 where D/8 is
+// even) elements: an odd number of 16-byte units, so that the 8 rows of an ldmatrix lie in different banks. Q
+// fragments stay in registers for D ≤ 128. The rows of Q hold O at the end, for whole-row stores.
+//
+// Numerics. S in f32; p = 2^(s·c − m·c), c = |scale|·log₂e, as one FFMA and ex2 (relative error
+// about 2^-22); Σp of the unrounded p; p rounded to bf16 before P·V; f32 sums over keys. For a
+// negative scale Q's signs are flipped. A hidden key has p = 0 exactly, and a tile
+// without visible keys multiplies by exactly 1: a query's bits depend on its own
+// sequence only. Unaligned rows are loaded element by element into the same tiles.
+//
+// ptxas (sm_80 / sm_90): REGS
+#include "attention.cuh"
+
+namespace {
+
+template <int D_, int BN_, int STRIPS_, int SPLIT_> struct Plan {
+	static constexpr int D = D_, BN = BN_, STRIPS = STRIPS_, SPLIT = SPLIT_;
+	static constexpr int ROWS = 16 * STRIPS, THREADS = 32 * STRIPS * SPLIT;
+	static constexpr int PITCH = D / 8 % 2 ? D : D + 8;
+	static constexpr int COLS = D / SPLIT;    // output columns of a warp
+	static constexpr bool KEEP_Q = D <= 128;  // in registers
+	struct Smem {
+		bf16 q[ROWS][PITCH];
+		bf16 k[2][BN][PITCH], v[2][BN][PITCH];
+	};
+};
+
+// Copier moves tiles of rows into shared memory: thread t takes 16-byte unit t mod (D/8) of every
+// (THREADS/(D/8))-th row.
+template <class P, bool VEC> struct Copier {
+	static constexpr int UNITS = P::D / 8, PASS = P::THREADS / UNITS; // rows in one pass
+	int row, col, bytes, dh;
+	MARGO_DEVICE explicit Copier(int dh) : row(int(threadIdx.x) / UNITS), col(int(threadIdx.x) % UNITS * 8), bytes(col < dh ? 16 : 0), dh(dh) {}
+	// rows: those that exist, the others become zeros.
+	template <int N> MARGO_DEVICE void copy(bf16 (&dst)[N][P::PITCH], const bf16 *src, int64_t ld, int rows) const {
+		if (PASS * UNITS < P::THREADS && row >= PASS) return;
+		const bf16 *from = src + int64_t(row) * ld + col;
+		if (VEC && rows >= N) {
+#pragma unroll
+			for (int r = 0; r < N; r += PASS, from += PASS * ld)
+				if (N % PASS == 0 || r + row < N) gpu::cp_async16(&dst[r + row][col], from, bytes);
+		} else if (VEC) {
+#pragma unroll 1
+			for (int r = row; r < N; r += PASS, from += PASS * ld) gpu::cp_async16(&dst[r][col], r < rows ? from : src, r < rows ? bytes : 0);
+		} else {
+#pragma unroll 1
+			for (int r = row; r < N; r += PASS, from += PASS * ld)
+#pragma unroll
+				for (int i = 0; i < 8; i++) dst[r][col + i] = r < rows && col + i < dh ? from[i] : bf16{0};
+		}
+	}
+};
+
+// Strip is the state of a warp: 16 queries.
+template <class P> struct Strip {
+	static constexpr int K16 = P::D / 16, NT = P::BN / 8, OT = P::COLS / 8;
+	uint32_t q[P::KEEP_Q ? K16 : 1][4], qt[2]; // qt: the last 8 columns, if D is no multiple of 16
+	float o[OT][4], top[2], sum[2];            // of rows g and g+8; sum: of this lane's keys
+	float c;                                   // 2^(c·s)
+	int visible[2];                            // keys that the rows see
+
+	// step takes in one tile; at is its first key.
+	template <bool MASK> MARGO_DEVICE void step(const bf16 (&qs)[P::ROWS][P::PITCH], const bf16 (&ks)[P::BN][P::PITCH], const bf16 (&vs)[P::BN][P::PITCH],
+	                                            int strip, int col0, int at) {
+		const int lane = int(threadIdx.x) % 32, t = lane % 4;
+		float s[NT][4];
+#pragma unroll
+		for (int n = 0; n < NT; n++)
+#pragma unroll
+			for (int i = 0; i < 4; i++) s[n][i] = 0;
+		const bf16 *krow = &ks[lane / 16 * 8 + lane % 8][lane / 8 % 2 * 8];
+#pragma unroll
+		for (int kk = 0; kk < K16; kk++) {
+			if (!P::KEEP_Q) gpu::ldmatrix_x4(q[0], &qs[strip * 16 + lane % 16][kk * 16 + lane / 16 * 8]);
+#pragma unroll
+			for (int n = 0; n < NT; n += 2) {
+				uint32_t b[4];
+				gpu::ldmatrix_x4(b, krow + n * 8 * P::PITCH + kk * 16);
+				const uint32_t b0[2] = {b[0], b[1]}, b1[2] = {b[2], b[3]};
+				gpu::mma_bf16(s[n], q[P::KEEP_Q ? kk : 0], b0);
+				gpu::mma_bf16(s[n + 1], q[P::KEEP_Q ? kk : 0], b1);
+			}
+		}
+		if constexpr (P::D % 16 != 0) {
+#pragma unroll
+			for (int n = 0; n < NT; n += 4) {
+				uint32_t b[4];
+				gpu::ldmatrix_x4(b, &ks[n * 8 + lane][K16 * 16]);
+#pragma unroll
+				for (int i = 0; i < 4; i++) gpu::mma_bf16_k8(s[n + i], qt, b[i]);
+			}
+		}
+		if (MASK) {
+#pragma unroll
+			for (int n = 0; n < NT; n++)
+#pragma unroll
+				for (int i = 0; i < 4; i++)
+					if (at + n * 8 + 2 * t + i % 2 >= visible[i / 2]) s[n][i] = -INFINITY;
+		}
+		float mc[2];
+#pragma unroll
+		for (int h = 0; h < 2; h++) {
+			float m = top[h];
+#pragma unroll
+			for (int n = 0; n < NT; n++) m = fmaxf(m, fmaxf(s[n][2 * h], s[n][2 * h + 1]));
+			m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 1));
+			m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 2));
+			mc[h] = MASK && m == -INFINITY ? 0.0f : m * c; // nothing seen so far
+			float shrink = gpu::exp2_fast(fmaf(top[h], c, -mc[h]));
+			top[h] = m;
+			sum[h] *= shrink;
+#pragma unroll
+			for (int n = 0; n < OT; n++) o[n][2 * h] *= shrink, o[n][2 * h + 1] *= shrink;
+		}
+#pragma unroll
+		for (int n = 0; n < NT; n++)
+#pragma unroll
+			for (int i = 0; i < 4; i++) {
+				s[n][i] = gpu::exp2_fast(fmaf(s[n][i], c, -mc[i / 2]));
+				sum[i / 2] += s[n][i];
+			}
+		const bf16 *vrow = &vs[lane % 16][col0 + lane / 16 * 8];
+#pragma unroll
+		for (int kk = 0; kk < P::BN / 16; kk++) {
+			const uint32_t p[4] = {gpu::pack_bf16(s[2 * kk][0], s[2 * kk][1]), gpu::pack_bf16(s[2 * kk][2], s[2 * kk][3]),
+			                       gpu::pack_bf16(s[2 * kk + 1][0], s[2 * kk + 1][1]), gpu::pack_bf16(s[2 * kk + 1][2], s[2 * kk + 1][3])};
+#pragma unroll
+			for (int n = 0; n + 1 < OT; n += 2) {
+				uint32_t b[4];
+				gpu::ldmatrix_x4_t(b, vrow + kk * 16 * P::PITCH + n * 8);
+				const uint32_t b0[2] = {b[0], b[1]}, b1[2] = {b[2], b[3]};
+				gpu::mma_bf16(o[n], p, b0);
+				gpu::mma_bf16(o[n + 1], p, b1);
+			}
+			if constexpr (OT % 2 != 0) {
+				uint32_t b[2];
+				gpu::ldmatrix_x2_t(b, &vs[kk * 16 + lane % 16][col0 + (OT - 1) * 8]);
+				gpu::mma_bf16(o[OT - 1], p, b);
+			}
+		}
+	}
+};
+
+template <class P, bool VEC> __global__ void __launch_bounds__(P::THREADS) attention_kernel(Attention p) {
+	typename P::Smem &sm = gpu::smem<typename P::Smem>();
+	const Span span(p, int(blockIdx.z));
+	const int first = int(blockIdx.x) * P::ROWS, head = int(blockIdx.y);
+	if (first >= span.queries) return;
+	const int rows = span.queries - first < P::ROWS ? span.queries - first : P::ROWS;
+	const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, strip = warp / P::SPLIT, col0 = warp % P::SPLIT * P::COLS;
+	const int keys = span.visible(p, first + rows - 1), whole = span.visible(p, first) / P::BN; // tiles without masks
+	const Copier<P, VEC> copier(p.dh);
+	const bf16 *k = static_cast<const bf16 *>(p.k) + int64_t(span.k0) * p.ldk + head * p.dh;
+	const bf16 *v = static_cast<const bf16 *>(p.v) + int64_t(span.k0) * p.ldv + head * p.dh;
+	// fetch starts the copy of the tile that begins with key at; k and v are that tile's.
+	auto fetch = [&](int at) {
+		int b = at / P::BN % 2;
+		copier.copy(sm.k[b], k, p.ldk, span.keys - at);
+		copier.copy(sm.v[b], v, p.ldv, span.keys - at);
+		k += P::BN * p.ldk, v += P::BN * p.ldv;
+	};
+	copier.copy(sm.q, static_cast<const bf16 *>(p.q) + int64_t(span.q0 + first) * p.ldq + head * p.dh, p.ldq, rows);
+	if (keys > 0) fetch(0);
+	gpu::cp_async_commit();
+	gpu::cp_async_wait<0>();
+	__syncthreads();
+
+	if (p.scale < 0) { // then the largest score is that of the smallest product
+		for (int i = int(threadIdx.x); i < P::ROWS * P::D; i += P::THREADS) sm.q[i / P::D][i % P::D].bits ^= 0x8000;
+		__syncthreads();
+	}
+	Strip<P> w;
+	if constexpr (P::KEEP_Q) {
+#pragma unroll
+		for (int kk = 0; kk < P::D / 16; kk++) gpu::ldmatrix_x4(w.q[kk], &sm.q[strip * 16 + lane % 16][kk * 16 + lane / 16 * 8]);
+		if constexpr (P::D % 16 != 0) gpu::ldmatrix_x2(w.qt, &sm.q[strip * 16 + lane % 16][P::D - 8]);
+	}
+#pragma unroll
+	for (int n = 0; n < Strip<P>::OT; n++)
+#pragma unroll
+		for (int i = 0; i < 4; i++) w.o[n][i] = 0;
+	w.c = fmaxf(fabsf(p.scale) * 1.4426950408889634f, 1.17549435e-38f); // not 0: -inf·0 is NaN
+#pragma unroll
+	for (int h = 0; h < 2; h++) {
+		int row = strip * 16 + h * 8 + lane / 4;
+		w.top[h] = -INFINITY, w.sum[h] = 0, w.visible[h] = row < rows ? span.visible(p, first + row) : 0;
+	}
+
+	int at = 0;
+	auto next = [&](int at) { // when tile at has come and its predecessor is done with, fetches the successor
+		gpu::cp_async_wait<0>();
+		__syncthreads();
+		if (at + P::BN < keys) fetch(at + P::BN);
+		gpu::cp_async_commit();
+	};
+#pragma unroll 1
+	for (; at < whole * P::BN; at += P::BN) {
+		next(at);
+		w.template step<false>(sm.q, sm.k[at / P::BN % 2], sm.v[at / P::BN % 2], strip, col0, at);
+	}
+#pragma unroll 1
+	for (; at < keys; at += P::BN) {
+		next(at);
+		w.template step<true>(sm.q, sm.k[at / P::BN % 2], sm.v[at / P::BN % 2], strip, col0, at);
+	}
+
+	__syncthreads(); // Q is not needed any more: its rows take O
+	uint32_t bad[2];
+#pragma unroll
+	for (int h = 0; h < 2; h++) {
+		float sum = w.sum[h];
+		sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+		sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+		float inverse = 1.0f / sum;
+		bool ok = true;
+#pragma unroll
+		for (int n = 0; n < Strip<P>::OT; n++) {
+			float a = w.o[n][2 * h] * inverse, b = w.o[n][2 * h + 1] * inverse;
+			ok = ok && finite(a) && finite(b);
+			if (w.visible[h] == 0) a = b = 0;
+			*reinterpret_cast<uint32_t *>(&sm.q[strip * 16 + h * 8 + lane / 4][col0 + n * 8 + lane % 4 * 2]) = gpu::pack_bf16(a, b);
+		}
+		bad[h] = __ballot_sync(0xffffffffu, p.causal && w.visible[h] > 0 && !ok);
+	}
+	__syncwarp();
+	for (int i = lane; i < 16 * P::COLS / 8; i += 32) {
+		int row = strip * 16 + i / (P::COLS / 8), col = col0 + i % (P::COLS / 8) * 8;
+		if (row >= rows || col >= p.dh) continue;
+		bf16 *o = static_cast<bf16 *>(p.o) + int64_t(span.q0 + first + row) * p.ldo + head * p.dh + col;
+		if (VEC) {
+			*reinterpret_cast<uint4 *>(o) = *reinterpret_cast<const uint4 *>(&sm.q[row][col]);
+		} else {
+			for (int j = 0; j < 8 && col + j < p.dh; j++) o[j] = sm.q[row][col + j];
+		}
+	}
+	if (bad[0] | bad[1]) {
+		__syncwarp(); // the rows are written again, by other lanes
+		for (int r = 0; r < 16; r++)
+			if ((r < 8 ? bad[0] : bad[1]) >> (r % 8 * 4) & 15) redo<bf16, P::D>(p, span, head, first + strip * 16 + r, col0, col0 + P::COLS);
+	}
+}
+
+template <class P> margo_status launch_bf16(margo_stream *st, const char *name, const Attention &p, const margo_attention_args *a, bool vec) {
+	return run(st, name, vec ? attention_kernel<P, true> : attention_kernel<P, false>, attention_grid(a, P::ROWS), dim3(P::THREADS), sizeof(typename P::Smem), p);
+}
+
+} // namespace
+
+margo_status op_attention(margo_stream *st, const margo_attention_args *a) {
+	if (a->heads <= 0 || a->q.cols % a->heads) return fail(st->ctx, MARGO_INVALID, "attention: %lld columns for %lld heads", (long long)a->q.cols, (long long)a->heads);
+	if (a->seqs > 65535 || a->heads > 65535)
+		return fail(st->ctx, MARGO_UNSUPPORTED, "attention: %lld sequences of %lld heads, at most 65535 each", (long long)a->seqs, (long long)a->heads);
+	Attention p{ptr<void>(a->q), ptr<void>(a->k), ptr<void>(a->v), ptr<void>(a->o), ptr<int32_t>(a->qoff), ptr<int32_t>(a->koff),
+	            a->q.ld, a->k.ld, a->v.ld, a->o.ld, int(a->q.cols / a->heads), a->causal, a->scale};
+	if (a->q.dtype == MARGO_F32) return attention_f32(st, p, a);
+	bool vec = p.dh % 8 == 0 && aligned(a->q, 16) && aligned(a->k, 16) && aligned(a->v, 16) && aligned(a->o, 16);
+	if (p.dh <= 16) return launch_bf16<Plan<16, 64, 4, 1>>(st, "attention_16", p, a, vec);
+	if (p.dh <= 32) return launch_bf16<Plan<32, 64, 4, 1>>(st, "attention_32", p, a, vec);
+	if (p.dh <= 48) return launch_bf16<Plan<48, 64, 4, 1>>(st, "attention_48", p, a, vec);
+	if (p.dh <= 64) return launch_bf16<Plan<64, 64, 4, 1>>(st, "attention_64", p, a, vec);
+	if (p.dh <= 72) return launch_bf16<Plan<72, 64, 4, 1>>(st, "attention_72", p, a, vec);
+	if (p.dh <= 80) return launch_bf16<Plan<80, 64, 4, 1>>(st, "attention_80", p, a, vec);
+	if (p.dh <= 96) return launch_bf16<Plan<96, 64, 4, 1>>(st, "attention_96", p, a, vec);
+	if (p.dh <= 128) return launch_bf16<Plan<128, 64, 4, 1>>(st, "attention_128", p, a, vec);
+	if (p.dh <= 192) return launch_bf16<Plan<192, 32, 4, 1>>(st, "attention_192", p, a, vec);
+	if (p.dh <= 256) return launch_bf16<Plan<256, 32, 4, 1>>(st, "attention_256", p, a, vec);
+	if (p.dh <= 512) return launch_bf16<Plan<512, 16, 2, 4>>(st, "attention_512", p, a, vec);
+	return fail(st->ctx, MARGO_UNSUPPORTED, "attention: heads of %d columns, at most 512", p.dh);
+}
