@@ -51,6 +51,11 @@ peers: ## install the pinned PyTorch that `margo bench --against pytorch` runs
 	@.ci/setup peers
 	@bench/peers/setup.sh
 
+.PHONY: goldens
+goldens: peers ## make the tokenizers' golden files with diffusers, taming and LDM (pinned)
+	@bench/goldens/setup.sh
+	@PYTHONPATH=.goldens HF_HUB_OFFLINE=1 .peers/bin/python bench/goldens/make.py testdata/goldens
+
 .PHONY: clean
 clean: ## remove what was built
 	rm -rf bin $(DEMO)

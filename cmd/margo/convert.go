@@ -20,7 +20,7 @@ func convertCommand() *cli.Command {
 		Name:      "convert",
 		Usage:     "write a checkpoint as safetensors with its settings",
 		UsageText: "margo convert IN OUT [flags]",
-		Description: `IN is any checkpoint that margo reads: the authors' .pth and .ckpt, or safetensors. OUT is a safetensors file with the configuration, the latent scale and the sampling defaults in its metadata, so that later commands need no flags. Every tensor of the model must be there with its shape, and no other. OUT appears complete or not at all, and replaces a file of that name.
+		Description: `IN is any checkpoint that margo reads: the authors' .pth and .ckpt, or safetensors; of tokenizers also Lightning's .ckpt of taming-transformers and latent diffusion, and diffusers' autoencoders, whose tensors get LDM's names. OUT is a safetensors file with the configuration, the latent scale and the sampling defaults in its metadata, so that later commands need no flags. Every tensor of the model must be there with its shape, and no other. OUT appears complete or not at all, and replaces a file of that name.
 
 bf16 halves the file and costs the precision that computing in bf16 costs anyway; f32 stays exact.
 
@@ -31,10 +31,10 @@ Examples:
       --set max_timestep=950 --set cfg=2 --set 'class_names=["cat","dog"]'`,
 		Flags: slices.Concat([]cli.Flag{
 			&cli.StringFlag{Name: "dtype", Category: "Output", DefaultText: "as stored", Usage: "`DTYPE`|of the written tensors: f32 or bf16"},
-			latentScaleFlag("Metadata", "from the file, else the authors' 0.2325 where the latents have their shape: 16 channels at stride 16"),
+			latentScaleFlag("Metadata", "from the file or diffusers' config.json beside it, else the authors' 0.2325 where the latents have their shape (16 channels at stride 16) and diffusers' 0.18215 for its autoencoders of 4 channels"),
 			&cli.StringFlag{Name: "tokenizer", Category: "Metadata", Usage: "`NAME`|file of the tokenizer that belongs to a MAR, beside it"},
 			&cli.StringSliceFlag{Name: "set", Category: "Metadata", Usage: "`KEY=VALUE`|record a setting; margo reads iters, head_steps, max_timestep, cfg, cfg_schedule, temperature, class_names (a JSON list)"},
-			&cli.StringFlag{Name: "kind", Category: "Model", DefaultText: "from the tensors", Usage: "`KIND`|what the file holds: mar or kl"},
+			&cli.StringFlag{Name: "kind", Category: "Model", DefaultText: "from the tensors", Usage: "`KIND`|what the file holds: mar, kl or vq"},
 			&cli.StringFlag{Name: "prefix", Category: "Model", Usage: "`TEXT`|use the tensors whose names begin so, and drop it (first_stage_model. in an LDM)"},
 			&cli.BoolFlag{Name: "skip-crc", Category: "Model", Usage: "accept a PyTorch archive whose checksums don't match"},
 		}, shapeFlags(), []cli.Flag{jsonFlag()}),
@@ -61,7 +61,7 @@ func convert(c *cli.Context) error {
 		o.DType = map[engine.DType]checkpoint.DType{engine.F32: checkpoint.F32, engine.BF16: checkpoint.BF16}[d]
 	}
 	if c.IsSet("kind") {
-		if err := oneOf(c, "kind", checkpoint.KindMAR, checkpoint.KindKL); err != nil {
+		if err := oneOf(c, "kind", checkpoint.KindMAR, checkpoint.KindKL, checkpoint.KindVQ); err != nil {
 			return err
 		}
 		o.Metadata["kind"] = c.String("kind")
@@ -105,7 +105,8 @@ func convert(c *cli.Context) error {
 	fmt.Fprintf(c.App.Writer, "%s: %s, %s parameters%s, %s\n", out, done.Model.Kind, thousands(done.Params), state, plan.Size(size))
 	switch m := done.Model; {
 	case done.AssumedScale:
-		fmt.Fprintf(c.App.Writer, "latent scale: the authors' %g is assumed, since none is recorded (--latent-scale sets another)\n", m.LatentScale)
+		fmt.Fprintf(c.App.Writer, "latent scale: %s %g is assumed, since none is recorded (--latent-scale sets another)\n",
+			map[bool]string{true: "the authors'", false: "diffusers'"}[m.AuthorsLatents()], m.LatentScale)
 	case m.LatentScale == 0 && m.Kind == checkpoint.KindMAR && m.MAR.VAEStride > 1:
 		fmt.Fprintf(c.App.Writer, "latent scale: not recorded; the tokenizer's will be used (--latent-scale sets one)\n")
 	}

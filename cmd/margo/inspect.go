@@ -128,7 +128,7 @@ func describeFile(c *cli.Context, path string) (*description, error) {
 		d.TensorBytes += t.Bytes()
 		d.DTypes[string(t.DType)]++
 		d.Params += t.Elems()
-		d.Tensors = append(d.Tensors, tensorLine{t.Name, string(t.DType), t.Shape})
+		d.Tensors = append(d.Tensors, tensorLine{f.Stored(t.Name), string(t.DType), t.Shape})
 	}
 	m, err := checkpoint.Describe(f, shape)
 	if err != nil {
@@ -178,6 +178,9 @@ func (d *description) describe(m *checkpoint.Model) {
 	} else {
 		d.Config = m.KL
 		names = []string{"encoder", "decoder"}
+		if m.Kind == checkpoint.KindVQ {
+			names = append(names, "codebook")
+		}
 	}
 	sums := map[string]int64{}
 	for _, p := range specs {
@@ -197,9 +200,11 @@ func partOf(kind, name string) string {
 		return slices.ContainsFunc(prefixes, func(p string) bool { return strings.HasPrefix(name, p) })
 	}
 	switch {
-	case kind == checkpoint.KindKL && has("encoder.", "quant_conv."):
+	case kind == checkpoint.KindVQ && has("quantize."):
+		return "codebook"
+	case kind != checkpoint.KindMAR && has("encoder.", "quant_conv."):
 		return "encoder"
-	case kind == checkpoint.KindKL:
+	case kind != checkpoint.KindMAR:
 		return "decoder"
 	case has("diffloss."):
 		return "diffusion head"
@@ -241,7 +246,16 @@ func (d *description) print(w io.Writer) {
 			line("diffusion head", "%d blocks, width %d", c.DiffLossD, c.DiffLossW)
 		case m.KL != nil:
 			c := m.KL
-			line("kind", "kl: tokenizer with a continuous latent (KL autoencoder)")
+			line("kind", "%s", map[bool]string{
+				false: "kl: tokenizer with a continuous latent (KL autoencoder)",
+				true:  "vq: tokenizer with a codebook (vector-quantised autoencoder)",
+			}[c.NEmbed > 0])
+			if m.Layout != "" {
+				line("layout", "%s: names are translated", m.Layout)
+			}
+			if c.NEmbed > 0 {
+				line("codebook", "%d codes", c.NEmbed)
+			}
 			line("latents", "%d channels, stride %d", c.EmbedDim, c.Stride())
 			line("layers", "channels %d × %v, %d blocks per level", c.Ch, c.ChMult, c.NumResBlocks)
 		}

@@ -40,14 +40,16 @@ func openMAR(path string, shape checkpoint.MAROptions, open checkpoint.OpenOptio
 	return f, info, err
 }
 
+// openKind opens a file that must hold a model of a kind; KindKL stands for any
+// tokenizer.
 func openKind(path, kind string, shape checkpoint.MAROptions, open checkpoint.OpenOptions) (*checkpoint.File, *checkpoint.Model, error) {
 	f, err := checkpoint.Open(path, open)
 	if err != nil {
 		return nil, nil, err
 	}
 	info, err := checkpoint.Describe(f, shape)
-	if err == nil && info.Kind != kind {
-		what := map[string]string{checkpoint.KindMAR: "a MAR", checkpoint.KindKL: "a tokenizer"}
+	if err == nil && info.Kind != kind && !(kind == checkpoint.KindKL && info.IsTokenizer()) {
+		what := map[string]string{checkpoint.KindMAR: "a MAR", checkpoint.KindKL: "a tokenizer", checkpoint.KindVQ: "a tokenizer"}
 		err = filef("%s holds %s, not %s", path, what[info.Kind], what[kind])
 	}
 	if err == nil {
@@ -137,6 +139,9 @@ func openScaled(path, modelPath string, info *checkpoint.Model, givenScale float
 	case info.AuthorsLatents():
 		t.scale = checkpoint.DefaultLatentScale
 		log.Infof("neither file records the latent scale; using the authors' %g (margo convert --latent-scale records another)", t.scale)
+	case tok.AssumedScale() > 0:
+		t.scale = tok.AssumedScale()
+		log.Infof("neither file records the latent scale; using %g, the default of the tokenizer's library (margo convert --latent-scale records another)", t.scale)
 	default:
 		f.Close()
 		return nil, usagef("neither %s nor %s records the latent scale; pass --latent-scale S (1 over the latents' standard deviation), or record it with margo convert", modelPath, path)
@@ -150,7 +155,7 @@ func (t *tokenizerFile) make(encode bool) (tokenizer.Tokenizer, []engine.NamedPa
 	if t.file == nil {
 		return tokenizer.Pixels{}, nil, nil
 	}
-	k, err := tokenizer.NewKL(t.info.KL, t.scale, encode)
+	k, err := tokenizer.New(t.info.KL, t.scale, encode)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -160,7 +165,7 @@ func (t *tokenizerFile) make(encode bool) (tokenizer.Tokenizer, []engine.NamedPa
 // load puts the tokenizer on a device.
 func (t *tokenizerFile) load(ctx context.Context, dev engine.Device, d engine.DType, encode bool) (tokenizer.Tokenizer, error) {
 	tok, params, err := t.make(encode)
-	if k, ok := tok.(*tokenizer.KL); ok && err == nil {
+	if k, ok := tok.(tokenizer.Autoencoder); ok && err == nil {
 		err = load.Bind(params, t.file, dev, d, load.Options{Ignore: k.Unused, Progress: until(ctx)})
 	}
 	return tok, err

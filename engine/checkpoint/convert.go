@@ -29,15 +29,17 @@ type Converted struct {
 	State   string   // the state dict that was used
 	Params  int64    // parameters written
 	Ignored []string // tensors of the source that are not part of the model
-	// AssumedScale: the authors' latent scale was written, for want of one.
+	// AssumedScale: Model.AssumedScale was written, for want of one.
 	AssumedScale bool
 }
 
-// Convert writes any readable checkpoint of a MAR or KL tokenizer as
+// Convert writes any readable checkpoint of a MAR or a KL or VQ tokenizer as
 // safetensors with metadata kind, config and latent_scale and, for a MAR, its
-// sampling defaults. A file that records no latent scale gets the authors'
-// 0.2325 if its latents have the shape of theirs (a MAR of 16 channels at
-// stride 16, the KL-16), else none: a MAR's tokenizer may know it.
+// sampling defaults. Tensors get the names of MAR's and LDM's layout. A file that
+// records no latent scale gets the authors' 0.2325 if its latents have the shape
+// of theirs (a MAR of 16 channels at stride 16, the KL-16), diffusers' 0.18215
+// if it is a KL tokenizer of 4 channels in its layout, else none: a MAR's
+// tokenizer may know it.
 // Every tensor of the model must be there, with its shape, and no other. out
 // appears complete or not at all, and may be in.
 func Convert(ctx context.Context, in, out string, o ConvertOptions) (*Converted, error) {
@@ -71,9 +73,9 @@ func Convert(ctx context.Context, in, out string, o ConvertOptions) (*Converted,
 	if err != nil {
 		return nil, err
 	}
-	assumed := m.LatentScale == 0 && m.AuthorsLatents()
+	assumed := m.LatentScale == 0 && m.AssumedScale() > 0
 	if assumed {
-		m.LatentScale = DefaultLatentScale
+		m.LatentScale = m.AssumedScale()
 	}
 	own, err := m.metadata()
 	if err != nil {
@@ -100,6 +102,6 @@ func Convert(ctx context.Context, in, out string, o ConvertOptions) (*Converted,
 
 // sameTokenizer compares what shapes tell.
 func sameTokenizer(a, b *KLConfig) bool {
-	return a.Ch == b.Ch && a.NumResBlocks == b.NumResBlocks && a.ZChannels == b.ZChannels && a.EmbedDim == b.EmbedDim &&
+	return a.Ch == b.Ch && a.NEmbed == b.NEmbed && a.NumResBlocks == b.NumResBlocks && a.ZChannels == b.ZChannels && a.EmbedDim == b.EmbedDim &&
 		slices.Equal(a.ChMult, b.ChMult)
 }

@@ -48,6 +48,9 @@ type File struct {
 	tensors map[string]*tensor
 	meta    map[string]string
 	root    *dict // plain data beside the tensors of a PyTorch file
+
+	layout string            // LayoutDiffusers if the names were translated
+	source map[string]string // names in the file of tensors that were renamed
 }
 
 // OpenOptions choose among the state dicts of a PyTorch file.
@@ -100,6 +103,9 @@ func openFrom(r *region, path string, o OpenOptions) (f *File, err error) {
 		return nil, err
 	}
 	if err := f.selectPrefix(o.Prefix); err != nil {
+		return nil, err
+	}
+	if err := f.translate(); err != nil {
 		return nil, err
 	}
 	return f, nil
@@ -162,6 +168,18 @@ func (f *File) Metadata() map[string]string { return maps.Clone(f.meta) }
 // Names lists the tensors, sorted.
 func (f *File) Names() []string { return slices.Sorted(maps.Keys(f.tensors)) }
 
+// Layout is LayoutDiffusers if the file's tensors have the names of diffusers'
+// autoencoders, which are translated; else "".
+func (f *File) Layout() string { return f.layout }
+
+// Stored is the name that the tensor has in the file.
+func (f *File) Stored(name string) string {
+	if s, ok := f.source[name]; ok {
+		return s
+	}
+	return name
+}
+
 // Tensor describes the named tensor.
 func (f *File) Tensor(name string) (Info, bool) {
 	t, ok := f.tensors[name]
@@ -190,7 +208,7 @@ func badFile(path, format string, args ...any) error {
 }
 
 func (f *File) badTensor(t *tensor, format string, args ...any) error {
-	return engine.Errorf("read "+f.path, engine.IO, "tensor %s "+format, append([]any{quote(t.Name)}, args...)...)
+	return engine.Errorf("read "+f.path, engine.IO, "tensor %s "+format, append([]any{quote(f.stored(t.Name))}, args...)...)
 }
 
 func (f *File) noTensor(op, name string) error {

@@ -8,9 +8,11 @@ import (
 	"margo/engine"
 )
 
-// KLConfig describes a KL tokenizer in the layout of latent diffusion
-// (MAR models/vae.py, LDM autoencoder.py). Level i works at 1/2^i of the
-// image's resolution with Ch·ChMult[i] channels. All of it is told by shapes.
+// KLConfig describes a tokenizer in the layout of latent diffusion: the KL
+// autoencoder (MAR models/vae.py, LDM autoencoder.py) or, with NEmbed, the
+// vector-quantised one (taming models/vqgan.py VQModel). Level i works at 1/2^i
+// of the image's resolution with Ch·ChMult[i] channels. All of it is told by
+// shapes.
 type KLConfig struct {
 	Ch           int   `json:"ch"`
 	ChMult       []int `json:"ch_mult"`
@@ -24,7 +26,16 @@ type KLConfig struct {
 	EncoderAttn []int `json:"encoder_attn_levels"`
 	DecoderAttn []int `json:"decoder_attn_levels"`
 	Resolution  int   `json:"resolution,omitempty"` // of its training images; 0 unknown
+	// NEmbed is the number of codes of a VQ tokenizer; 0: a KL tokenizer, whose
+	// encoder gives means and log variances.
+	NEmbed int `json:"n_embed,omitempty"`
+	// NoQuantConv: there is neither quant_conv nor post_quant_conv (diffusers
+	// use_quant_conv and use_post_quant_conv false); EmbedDim is ZChannels then.
+	NoQuantConv bool `json:"no_quant_conv,omitempty"`
 }
+
+// codebook is the key that tells a VQ tokenizer from a KL one.
+const codebook = "quantize.embedding.weight"
 
 // groups is the number of groups of every GroupNorm (vae.py Normalize).
 const groups = 32
@@ -37,6 +48,30 @@ func KL16() *KLConfig {
 
 // Stride is the pixels for each latent position, per side.
 func (c *KLConfig) Stride() int { return 1 << (len(c.ChMult) - 1) }
+
+// Kind is KindVQ with a codebook, else KindKL.
+func (c *KLConfig) Kind() string {
+	if c.NEmbed > 0 {
+		return KindVQ
+	}
+	return KindKL
+}
+
+// perLatent is what the encoder gives for each channel of a latent: a mean and a
+// log variance, or the value that is quantised.
+func (c *KLConfig) perLatent() int {
+	if c.NEmbed > 0 {
+		return 1
+	}
+	return 2
+}
+
+// EncoderOut is the number of channels that the encoder's last convolution gives.
+func (c *KLConfig) EncoderOut() int { return c.perLatent() * c.ZChannels }
+
+// Moments is the number of channels after quant_conv: 2·EmbedDim of a KL
+// tokenizer, EmbedDim of a VQ one.
+func (c *KLConfig) Moments() int { return c.perLatent() * c.EmbedDim }
 
 // Validate reports the first field that cannot be.
 func (c *KLConfig) Validate() error {
@@ -67,13 +102,20 @@ func (c *KLConfig) Validate() error {
 			return bad("attention at level %d of %d", i, len(c.ChMult))
 		}
 	}
+	if c.NEmbed < 0 || c.NEmbed > 1<<24 {
+		return bad("n_embed is %d, it must be between 0 and %d", c.NEmbed, 1<<24)
+	}
+	if c.NoQuantConv && c.EmbedDim != c.ZChannels {
+		return bad("embed_dim is %d and z_channels %d: they are the same without quant_conv", c.EmbedDim, c.ZChannels)
+	}
 	if c.Resolution < 0 || c.Resolution > 1<<16 {
 		return bad("resolution is %d", c.Resolution)
 	}
 	return nil
 }
 
-// Params lists the tensors of encoder, decoder, quant_conv and post_quant_conv.
+// Params lists the tensors of encoder, decoder, quant_conv, post_quant_conv and
+// codebook.
 func (c *KLConfig) Params() []ParamSpec {
 	var b builder
 	n := len(c.ChMult)
@@ -90,7 +132,7 @@ func (c *KLConfig) Params() []ParamSpec {
 	}
 	b.middle("encoder.mid", low)
 	b.norm("encoder.norm_out", low)
-	b.conv("encoder.conv_out", 2*c.ZChannels, low, 3)
+	b.conv("encoder.conv_out", c.EncoderOut(), low, 3)
 
 	b.conv("decoder.conv_in", low, c.ZChannels, 3)
 	b.middle("decoder.mid", low)
@@ -103,8 +145,13 @@ func (c *KLConfig) Params() []ParamSpec {
 	}
 	b.norm("decoder.norm_out", in)
 	b.conv("decoder.conv_out", c.OutChannels, in, 3)
-	b.conv("quant_conv", 2*c.EmbedDim, 2*c.ZChannels, 1)
-	b.conv("post_quant_conv", c.ZChannels, c.EmbedDim, 1)
+	if !c.NoQuantConv {
+		b.conv("quant_conv", c.Moments(), c.EncoderOut(), 1)
+		b.conv("post_quant_conv", c.ZChannels, c.EmbedDim, 1)
+	}
+	if c.NEmbed > 0 {
+		b.add(codebook, c.NEmbed, c.EmbedDim)
+	}
 	return b.out
 }
 
@@ -144,13 +191,14 @@ func (b *builder) middle(p string, ch int) {
 }
 
 // IgnorableKL tells the keys that training leaves in a tokenizer's state dict:
-// the discriminator and perceptual loss, and a trainer's averaged copy.
+// the discriminator and perceptual loss (with LDM's learned log variance), and a
+// trainer's averaged copy.
 func IgnorableKL(name string) bool {
 	return strings.HasPrefix(name, "loss.") || strings.HasPrefix(name, "model_ema.")
 }
 
-// InferKL reads a tokenizer's configuration from names and shapes; only the
-// resolution comes from metadata.
+// InferKL reads the configuration of a KL or VQ tokenizer from names and shapes;
+// only the resolution comes from metadata.
 func InferKL(f *File) (*KLConfig, error) {
 	c := &KLConfig{EncoderAttn: []int{}, DecoderAttn: []int{}}
 	var err error
@@ -159,10 +207,14 @@ func InferKL(f *File) (*KLConfig, error) {
 		if err != nil {
 			return 0
 		}
+		rank := 4
+		if name == codebook {
+			rank = 2
+		}
 		if !ok {
-			err = badFile(f.path, "not a KL tokenizer: no tensor %s", quote(name))
-		} else if len(info.Shape) != 4 || info.Shape[axis] < 1 {
-			err = badFile(f.path, "not a KL tokenizer: tensor %s has shape %s", quote(name), engine.ShapeString(info.Shape))
+			err = badFile(f.path, "not a tokenizer: no tensor %s", quote(f.stored(name)))
+		} else if len(info.Shape) != rank || info.Shape[axis] < 1 {
+			err = badFile(f.path, "not a tokenizer: tensor %s has shape %s", quote(f.stored(name)), engine.ShapeString(info.Shape))
 		} else {
 			return info.Shape[axis]
 		}
@@ -171,7 +223,14 @@ func InferKL(f *File) (*KLConfig, error) {
 	c.Ch = dim("encoder.conv_in.weight", 0)
 	c.InChannels = dim("encoder.conv_in.weight", 1)
 	c.ZChannels = dim("decoder.conv_in.weight", 1)
-	c.EmbedDim = dim("post_quant_conv.weight", 1)
+	if f.tensors["quant_conv.weight"] == nil && f.tensors["post_quant_conv.weight"] == nil {
+		c.NoQuantConv, c.EmbedDim = true, c.ZChannels
+	} else {
+		c.EmbedDim = dim("post_quant_conv.weight", 1)
+	}
+	if f.tensors[codebook] != nil {
+		c.NEmbed = dim(codebook, 0)
+	}
 	c.OutChannels = dim("decoder.conv_out.weight", 0)
 	levels := f.count("encoder.down.%d.block.0.norm1.weight")
 	c.NumResBlocks = f.count("encoder.down.0.block.%d.norm1.weight")
@@ -200,9 +259,15 @@ func InferKL(f *File) (*KLConfig, error) {
 	}
 	only := struct {
 		Resolution int `json:"resolution"`
+		ZChannels  int `json:"z_channels"`
 	}{}
 	if err := setFields(&only, recorded); err != nil {
 		return nil, badFile(f.path, "config: %w", err)
+	}
+	// A file that records its config and has lost the two convolutions is cut,
+	// not a tokenizer without them.
+	if without, _ := recorded["no_quant_conv"].(bool); c.NoQuantConv && only.ZChannels > 0 && !without {
+		return nil, badFile(f.path, "no tensor %q, which the file's config has", "post_quant_conv.weight")
 	}
 	c.Resolution = only.Resolution
 	if err := c.Validate(); err != nil {

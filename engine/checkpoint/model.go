@@ -13,6 +13,7 @@ import (
 const (
 	KindMAR = "mar" // a masked autoregressive model with a diffusion head
 	KindKL  = "kl"  // a KL tokenizer
+	KindVQ  = "vq"  // a VQ tokenizer: an autoencoder with a codebook
 )
 
 // DefaultLatentScale is the factor between KL-16's latents and MAR's tokens in
@@ -34,7 +35,8 @@ type Sampling struct {
 type Model struct {
 	Kind        string
 	MAR         *MARConfig // of KindMAR
-	KL          *KLConfig  // of KindKL
+	KL          *KLConfig  // of KindKL and KindVQ
+	Layout      string     // whose names the file's tensors have, if not its kind's own: LayoutDiffusers
 	LatentScale float64    // tokens = latents · LatentScale; 0 is unknown
 	Sampling    Sampling   // of KindMAR, authors' settings where the file has none
 	ClassNames  []string   // of KindMAR, by class; nil if unknown
@@ -43,14 +45,17 @@ type Model struct {
 
 // Params lists the model's tensors.
 func (m *Model) Params() []ParamSpec {
-	if m.Kind == KindKL {
+	if m.IsTokenizer() {
 		return m.KL.Params()
 	}
 	return m.MAR.Params()
 }
 
+// IsTokenizer reports whether m turns images into latents and back: KL is set.
+func (m *Model) IsTokenizer() bool { return m.Kind == KindKL || m.Kind == KindVQ }
+
 // Ignorable reports whether a tensor that the model does not need may be there.
-func (m *Model) Ignorable(name string) bool { return m.Kind == KindKL && IgnorableKL(name) }
+func (m *Model) Ignorable(name string) bool { return m.IsTokenizer() && IgnorableKL(name) }
 
 // Describe finds out what a file holds. Check(f, m.Params(), m.Ignorable) then
 // says whether all of it is there.
@@ -59,23 +64,27 @@ func Describe(f *File, o MAROptions) (*Model, error) {
 }
 
 func describe(f *File, o MAROptions, meta map[string]string) (*Model, error) {
-	m := &Model{Kind: meta["kind"]}
+	m := &Model{Kind: meta["kind"], Layout: f.layout}
 	if m.Kind == "" {
 		switch {
+		case f.tensors["encoder.conv_in.weight"] != nil && f.tensors[codebook] != nil:
+			m.Kind = KindVQ
 		case f.tensors["encoder.conv_in.weight"] != nil:
 			m.Kind = KindKL
 		case f.tensors["mask_token"] != nil && f.tensors["diffusion_pos_embed_learned"] != nil:
 			m.Kind = KindMAR
 		default:
-			return nil, badFile(f.path, "neither a MAR nor a KL tokenizer: it has neither the tensor %q nor %q", "mask_token", "encoder.conv_in.weight")
+			return nil, badFile(f.path, "neither a MAR nor a KL or VQ tokenizer: it has neither the tensor %q nor %q", "mask_token", "encoder.conv_in.weight")
 		}
 	}
 	var err error
 	switch m.Kind {
 	case KindMAR:
 		m.MAR, err = InferMAR(f, o)
-	case KindKL:
-		m.KL, err = InferKL(f)
+	case KindKL, KindVQ:
+		if m.KL, err = InferKL(f); err == nil && m.KL.Kind() != m.Kind {
+			err = badFile(f.path, "metadata kind is %q, but the tensors are those of a tokenizer of kind %q", m.Kind, m.KL.Kind())
+		}
 	default:
 		err = badFile(f.path, "metadata kind %s is not known to this version of margo", quote(m.Kind))
 	}
@@ -93,13 +102,17 @@ func describe(f *File, o MAROptions, meta map[string]string) (*Model, error) {
 	return m, nil
 }
 
-// latentScale is recorded in metadata, or at the top of a PyTorch file.
+// latentScale is recorded in metadata, at the top of a PyTorch file, or in
+// diffusers' config.json.
 func (f *File) latentScale(meta map[string]string) (float64, error) {
 	var x any
 	if s, ok := meta["latent_scale"]; ok {
 		x = s
 	} else if x, ok = f.Value("latent_scale"); !ok {
-		return 0, nil
+		var err error
+		if x, err = f.scalingFactor(); x == nil {
+			return 0, err
+		}
 	}
 	v, err := number(x)
 	if err == nil && !(v > 0 && v < 1e6) {
@@ -171,16 +184,33 @@ func (s *Sampling) Validate() error {
 // AuthorsLatents reports whether the latents have the shape of the authors', so
 // that DefaultLatentScale is a good guess.
 func (m *Model) AuthorsLatents() bool {
-	if m.Kind == KindKL {
+	if m.IsTokenizer() {
 		return sameTokenizer(m.KL, KL16())
 	}
 	return m.MAR.VAEEmbedDim == 16 && m.MAR.VAEStride == 16
 }
 
+// DiffusersLatentScale is the scaling_factor of diffusers' AutoencoderKL where
+// its config does not give one, as that of sd-vae-ft-mse and -ema does not.
+const DiffusersLatentScale = 0.18215
+
+// AssumedScale is a good guess where LatentScale is not recorded: the authors'
+// for latents of their shape, diffusers' for a KL tokenizer of 4 channels in its
+// layout; else 0.
+func (m *Model) AssumedScale() float64 {
+	switch {
+	case m.AuthorsLatents():
+		return DefaultLatentScale
+	case m.Kind == KindKL && m.Layout == LayoutDiffusers && m.KL.EmbedDim == 4:
+		return DiffusersLatentScale
+	}
+	return 0
+}
+
 // metadata is m as a safetensors file records it.
 func (m *Model) metadata() (map[string]string, error) {
 	var config any = m.MAR
-	if m.Kind == KindKL {
+	if m.IsTokenizer() {
 		config = m.KL
 	}
 	text, err := json.Marshal(config)

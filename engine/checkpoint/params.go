@@ -48,11 +48,11 @@ func Check(f *File, specs []ParamSpec, ignore func(name string) bool) (ignored [
 		info, ok := f.Tensor(p.Name)
 		switch {
 		case !ok:
-			problems = append(problems, "missing "+quote(p.Name)+" "+engine.ShapeString(p.Shape))
+			problems = append(problems, "missing "+quote(f.stored(p.Name))+" "+engine.ShapeString(p.Shape))
 		case !slices.Equal(info.Shape, p.Shape):
-			problems = append(problems, fmt.Sprintf("%s has shape %s instead of %s", quote(p.Name), engine.ShapeString(info.Shape), engine.ShapeString(p.Shape)))
+			problems = append(problems, fmt.Sprintf("%s has shape %s instead of %s", quote(f.stored(p.Name)), engine.ShapeString(info.Shape), engine.ShapeString(p.Shape)))
 		case !info.DType.Float():
-			problems = append(problems, fmt.Sprintf("%s is %s instead of floating-point", quote(p.Name), info.DType))
+			problems = append(problems, fmt.Sprintf("%s is %s instead of floating-point", quote(f.stored(p.Name)), info.DType))
 		}
 	}
 	for _, name := range f.Names() {

@@ -10,8 +10,10 @@ import (
 )
 
 // KL is the autoencoder of latent diffusion with a KL penalty (LDM
-// autoencoder.py AutoencoderKL; MAR vae.py). Encoder and QuantConv are nil when
-// it was made to decode only.
+// autoencoder.py AutoencoderKL; MAR vae.py; diffusers autoencoder_kl.py, whose
+// names package checkpoint translates). Encoder and QuantConv are nil when it
+// was made to decode only, QuantConv and PostQuantConv where the configuration
+// has none.
 type KL struct {
 	Encoder       *Encoder `param:"encoder"`
 	QuantConv     *Conv    `param:"quant_conv"`
@@ -71,22 +73,34 @@ const defaultChunk = 64 << 20
 // cannot be is an error of kind Invalid, attention over more than 512 channels
 // one of kind Unsupported.
 func NewKL(cfg *checkpoint.KLConfig, latentScale float64, encode bool) (*KL, error) {
+	if cfg.NEmbed > 0 {
+		return nil, engine.Errorf("KL tokenizer", engine.Invalid, "the configuration has a codebook: it is of a VQ tokenizer")
+	}
+	return newKL(cfg, latentScale, encode)
+}
+
+// newKL describes the networks that KL and VQ have in common.
+func newKL(cfg *checkpoint.KLConfig, latentScale float64, encode bool) (*KL, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, err
 	}
 	if !(latentScale > 0) {
-		return nil, engine.Errorf("KL tokenizer", engine.Invalid, "latent scale %g is not above 0", latentScale)
+		return nil, engine.Errorf("tokenizer", engine.Invalid, "latent scale %g is not above 0", latentScale)
 	}
 	k := &KL{cfg: *cfg, scale: float32(latentScale), ChunkBytes: defaultChunk}
 	// The two 1×1 convolutions on latents cost nothing and stay exact.
-	k.PostQuantConv = newConv(cfg.EmbedDim, cfg.ZChannels, 1).exact()
+	if !cfg.NoQuantConv {
+		k.PostQuantConv = newConv(cfg.EmbedDim, cfg.ZChannels, 1).exact()
+	}
 	n := len(cfg.ChMult)
 	var err error
 	if k.Decoder, err = newDecoder(cfg, n); err != nil {
 		return nil, err
 	}
 	if encode {
-		k.QuantConv = newConv(2*cfg.ZChannels, 2*cfg.EmbedDim, 1).exact()
+		if !cfg.NoQuantConv {
+			k.QuantConv = newConv(cfg.EncoderOut(), cfg.Moments(), 1).exact()
+		}
 		if k.Encoder, err = newEncoder(cfg, n); err != nil {
 			return nil, err
 		}
@@ -112,7 +126,7 @@ func newEncoder(cfg *checkpoint.KLConfig, n int) (*Encoder, error) {
 	if e.Mid, err = newMiddle(in); err != nil {
 		return nil, err
 	}
-	e.NormOut, e.ConvOut = newGroupNorm(in), newConv(in, 2*cfg.ZChannels, 3)
+	e.NormOut, e.ConvOut = newGroupNorm(in), newConv(in, cfg.EncoderOut(), 3)
 	return e, nil
 }
 
@@ -184,36 +198,49 @@ func (k *KL) LatentScale() float32 { return k.scale }
 // Encode gives the posterior of img [N,H,W,in_channels] F32; H and W must be
 // multiples of Stride.
 func (k *KL) Encode(c *engine.Ctx, img *engine.Tensor) *Posterior {
-	if c.Poll() {
-		return nil
-	}
-	s := k.Stride()
-	switch {
-	case k.Encoder == nil:
-		c.Fail(engine.Errorf("encode", engine.Invalid, "the tokenizer was loaded without its encoder"))
-		return nil
-	case img == nil || len(img.Shape) != 4 || img.Cols() != k.cfg.InChannels || img.DType != engine.F32 || img.Shape[1]%s != 0 || img.Shape[2]%s != 0:
-		c.Fail(shapeError("encode", img, fmt.Sprintf("f32[N,H,W,%d] with H and W multiples of %d", k.cfg.InChannels, s)))
-		return nil
-	}
-	n, h, w := img.Shape[0], img.Shape[1]/s, img.Shape[2]/s
-	p := newPosterior(n, h, w, k.Channels())
-	for i, step := 0, k.together(h, w); i < n && c.Err() == nil; i += step {
-		c.Scoped(func() {
-			if m := c.Download(k.Moments(c, images(img, i, min(i+step, n)))); m != nil {
-				p.set(i*h*w, m)
-			}
-		})
-	}
+	var p *Posterior
+	k.encode(c, img, func(n, h, w int) { p = newPosterior(n, h, w, k.Channels()) }, func(first int, m []float32) { p.set(first, m) })
 	if c.Err() != nil {
 		return nil
 	}
 	return p
 }
 
-// Moments is quant_conv(encoder(x)), [N,h,w,2·embed_dim].
+// encode runs the encoder over images, as many together as fit: begin is told
+// their number and the size of the latents, then set gets the moments from
+// position first on, piece by piece.
+func (k *KL) encode(c *engine.Ctx, img *engine.Tensor, begin func(n, h, w int), set func(first int, moments []float32)) {
+	if c.Poll() {
+		return
+	}
+	s := k.Stride()
+	switch {
+	case k.Encoder == nil:
+		c.Fail(engine.Errorf("encode", engine.Invalid, "the tokenizer was loaded without its encoder"))
+		return
+	case img == nil || len(img.Shape) != 4 || img.Cols() != k.cfg.InChannels || img.DType != engine.F32 || img.Shape[1]%s != 0 || img.Shape[2]%s != 0:
+		c.Fail(shapeError("encode", img, fmt.Sprintf("f32[N,H,W,%d] with H and W multiples of %d", k.cfg.InChannels, s)))
+		return
+	}
+	n, h, w := img.Shape[0], img.Shape[1]/s, img.Shape[2]/s
+	begin(n, h, w)
+	for i, step := 0, k.together(h, w); i < n && c.Err() == nil; i += step {
+		c.Scoped(func() {
+			if m := c.Download(k.Moments(c, images(img, i, min(i+step, n)))); m != nil {
+				set(i*h*w, m)
+			}
+		})
+	}
+}
+
+// Moments is quant_conv(encoder(x)), [N,h,w,2·embed_dim]: means, then log
+// variances; of a VQ tokenizer the latents before quantisation,
+// [N,h,w,embed_dim].
 func (k *KL) Moments(c *engine.Ctx, x *engine.Tensor) *engine.Tensor {
 	h := k.Encoder.Forward(c, x)
+	if k.QuantConv == nil {
+		return h
+	}
 	y := image(c, engine.F32, h, 1, 1, k.QuantConv.out())
 	if c.Err() == nil {
 		c.Gemm(k.QuantConv.gemm(h, y))
@@ -235,12 +262,14 @@ func (k *KL) Decode(c *engine.Ctx, z *engine.Tensor) *engine.Tensor {
 	n := z.Shape[0]
 	for i, step := 0, k.together(z.Shape[1], z.Shape[2]); i < n && c.Err() == nil; i += step {
 		c.Scoped(func() {
-			x := images(z, i, min(i+step, n))
-			h := image(c, engine.F32, x, 1, 1, k.cfg.ZChannels)
-			if c.Err() == nil {
-				c.Gemm(k.PostQuantConv.gemm(x, h))
-				k.Decoder.Forward(c, h, images(out, i, min(i+step, n)))
+			h := images(z, i, min(i+step, n))
+			if k.PostQuantConv != nil {
+				x := h
+				if h = image(c, engine.F32, x, 1, 1, k.cfg.ZChannels); c.Err() == nil {
+					c.Gemm(k.PostQuantConv.gemm(x, h))
+				}
 			}
+			k.Decoder.Forward(c, h, images(out, i, min(i+step, n)))
 		})
 	}
 	if c.Err() != nil {

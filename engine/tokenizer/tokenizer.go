@@ -1,6 +1,7 @@
 // Package tokenizer turns images into latents and back: KL autoencoders in the
 // layout of MAR and of latent diffusion (KL-16, KL-8 and their relatives of any
-// channels, multipliers, blocks and attention levels), and raw pixels.
+// channels, multipliers, blocks and attention levels), VQ autoencoders in that of
+// taming-transformers, and raw pixels.
 //
 // Images are NHWC, RGB in [-1, 1]; latents [N,h,w,C] likewise. The residual
 // stream is F32, operands of convolutions are in the compute dtype. A MAR sees
@@ -13,7 +14,26 @@ import (
 	"math"
 
 	"margo/engine"
+	"margo/engine/checkpoint"
 )
+
+// Autoencoder is a tokenizer with parameters: *KL or *VQ.
+type Autoencoder interface {
+	Tokenizer
+	// Config is what the tokenizer was made from.
+	Config() checkpoint.KLConfig
+	// Unused reports whether a tensor of a tokenizer's checkpoint is not needed.
+	Unused(name string) bool
+}
+
+// New describes the tokenizer of a configuration: NewVQ if it has a codebook,
+// else NewKL.
+func New(cfg *checkpoint.KLConfig, latentScale float64, encode bool) (Autoencoder, error) {
+	if cfg.NEmbed > 0 {
+		return NewVQ(cfg, latentScale, encode)
+	}
+	return NewKL(cfg, latentScale, encode)
+}
 
 // Tokenizer is a pair of maps between images and latents. Height and width are
 // free, as long as the image's are multiples of Stride.
@@ -58,6 +78,14 @@ func (p *Posterior) set(first int, moments []float32) {
 			p.LogVar[at+i] = v
 			p.Std[at+i] = float32(math.Exp(float64(v) / 2))
 		}
+	}
+}
+
+// certain makes the standard deviation 0.
+func (p *Posterior) certain() {
+	clear(p.Std)
+	for i := range p.LogVar {
+		p.LogVar[i] = float32(math.Inf(-1))
 	}
 }
 
@@ -160,9 +188,7 @@ func (Pixels) Encode(c *engine.Ctx, img *engine.Tensor) *Posterior {
 	if p.Mean = c.Download(img); p.Mean == nil {
 		return nil
 	}
-	for i := range p.LogVar {
-		p.LogVar[i] = float32(math.Inf(-1))
-	}
+	p.certain()
 	return p
 }
 

@@ -40,7 +40,7 @@ func openTrace(path string) (*trace, error) {
 		t.kind = Sampling
 	case has("ps_index"):
 		t.kind = HeadNet
-	case has("moments"), has("decoded"), has("decoded_z"):
+	case has("moments"), has("prequant"), has("decoded"), has("decoded_z"), has("decoded_codes"), has("decoded_tokens"):
 		t.kind = Tokenizer
 	case has("enc_out") && has("dec_out_z"):
 		t.kind = EncDec

@@ -29,10 +29,12 @@ type Result struct {
 	Pass   bool    `json:"pass"`
 }
 
-// models holds what a side has bound: one of the two.
+// models holds what a side has bound: a MAR or a tokenizer.
 type models struct {
 	mar *mar.Model
-	kl  *tokenizer.KL
+	tok tokenizer.Autoencoder
+	kl  *tokenizer.KL // the tokenizer's networks
+	vq  *tokenizer.VQ // nil for a KL tokenizer
 }
 
 type verifier struct {
@@ -73,7 +75,7 @@ func Run(ctx context.Context, o Options) (*Result, error) {
 	if err != nil {
 		return nil, err
 	}
-	if want := map[bool]string{true: checkpoint.KindKL, false: checkpoint.KindMAR}[t.kind == Tokenizer]; desc.Kind != want {
+	if desc.IsTokenizer() != (t.kind == Tokenizer) {
 		return nil, engine.Errorf("verify", engine.Invalid, "the trace %s is of a %s, but %s holds a model of kind %q", o.Trace, t.kind, o.Model, desc.Kind)
 	}
 	v := &verifier{ctx: ctx, o: o, t: t, model: desc, dtype: o.DType, result: Result{Kind: t.kind, Pass: true}}
@@ -121,8 +123,14 @@ func (v *verifier) bind(f *checkpoint.File, dev engine.Device, compute engine.DT
 		if s.m.mar, err = mar.New(v.model.MAR); err == nil {
 			params = engine.Params(s.m.mar)
 		}
-	} else if s.m.kl, err = tokenizer.NewKL(v.model.KL, 1, true); err == nil {
-		params = engine.Params(s.m.kl)
+	} else if s.m.tok, err = tokenizer.New(v.model.KL, 1, true); err == nil {
+		params = engine.Params(s.m.tok)
+		switch t := s.m.tok.(type) {
+		case *tokenizer.KL:
+			s.m.kl = t
+		case *tokenizer.VQ:
+			s.m.kl, s.m.vq = &t.KL, t
+		}
 	}
 	if err == nil {
 		err = load.Bind(params, f, dev, compute, load.Options{Ignore: v.model.Ignorable})
@@ -137,7 +145,7 @@ func (s *side) params() []engine.NamedParam {
 	if s.m.mar != nil {
 		return engine.Params(s.m.mar)
 	}
-	return engine.Params(s.m.kl)
+	return engine.Params(s.m.tok)
 }
 
 func (v *verifier) close() {

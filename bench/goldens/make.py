@@ -1,0 +1,263 @@
+"""Makes the tokenizer goldens of testdata/goldens: tiny autoencoders with random weights in the layouts that margo
+reads, and what the libraries they come from compute with them.
+
+    python make.py OUT [NAME…]
+
+Run by `make goldens`. Weights are rounded to bf16 and stored so (half the size), but the libraries compute in float32
+with the rounded values. Every parameter is drawn, norms and biases too, so that none can be missed or swapped without
+a difference. Seeds are fixed; another version of PyTorch may change the last bits of the outputs.
+
+Traces hold NCHW float32 tensors, as `margo verify` reads them:
+
+    image, moments, mean, logvar, std, sample_noise, sample     encoding, KL
+    image, prequant, indices [N,h,w], quant                     encoding, VQ: before the codebook, codes, their vectors
+    z, decoded_z; mean, decoded_mode                            decoding, KL
+    z, decoded_z; codes [N,h,w], decoded_codes                  decoding, VQ: z goes through the codebook first
+    tokens [N,L,C·p·p], decoded_tokens                          decoding what a MAR makes (metadata patch_size, latent_scale)
+"""
+
+import math
+import os
+import sys
+import tempfile
+import types
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+MAX_BYTES = 1 << 20
+
+
+def stand_ins():
+    """taming and LDM import their trainer at the top; only nn.Module is needed of it to run a model."""
+    lightning = types.ModuleType("pytorch_lightning")
+    lightning.LightningModule = nn.Module
+    sys.modules["pytorch_lightning"] = lightning
+    main = types.ModuleType("taming.main")  # the training program, with the one function that models import
+    main.instantiate_from_config = instantiate
+    sys.modules["taming.main"] = main
+
+
+def instantiate(config):
+    """The loss of a training run: a part of Lightning's checkpoints that is no part of the tokenizer."""
+    return nn.Linear(2, 2)
+
+
+def randomize(model, seed):
+    """Draws every parameter: weights that keep the variance, norms about 1, biases about 0; rounded to bf16."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            r = torch.randn(p.shape, generator=g)
+            if "embedding" in name:
+                r *= 0.5  # about as wide as what is quantised
+            elif p.ndim > 1:
+                r /= math.sqrt(p[0].numel())
+            elif p.ndim == 1 and name.endswith("weight"):
+                r = 1 + 0.2 * r
+            elif p.ndim == 1:
+                r *= 0.1
+            p.copy_(r.bfloat16().float())
+    return model.eval()
+
+
+def drawn(seed, *shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def image(seed, n, h, w):
+    """Smooth pictures in [-1, 1]."""
+    low = drawn(seed, n, 3, max(h // 4, 1), max(w // 4, 1))
+    return torch.tanh(nn.functional.interpolate(low, size=(h, w), mode="bilinear"))
+
+
+def half(state):
+    return {k: v.bfloat16().contiguous() if v.is_floating_point() else v for k, v in state.items()}
+
+
+class Writer:
+    def __init__(self, out, only):
+        self.out, self.only = out, only
+
+    def path(self, name):
+        return os.path.join(self.out, name)
+
+    def check(self, name):
+        size = os.path.getsize(self.path(name))
+        if size > MAX_BYTES:
+            sys.exit(f"{name} has {size} bytes, more than {MAX_BYTES}")
+        print(f"{name}: {size} bytes")
+
+    def weights(self, name, state, metadata=None):
+        save_file(half(state), self.path(name), metadata)
+        self.check(name)
+
+    def lightning(self, name, state):
+        """What Lightning's trainer leaves: the state dict beside its own affairs."""
+        torch.save({"epoch": 3, "global_step": 12, "pytorch-lightning_version": "1.4.2", "callbacks": {},
+                    "optimizer_states": [], "lr_schedulers": [], "state_dict": half(state)}, self.path(name))
+        self.check(name)
+
+    def trace(self, name, tensors, **metadata):
+        save_file({k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}, self.path(name), {k: str(v) for k, v in metadata.items()})
+        self.check(name)
+
+
+def kl_trace(encode, decode, seed, n, h, w):
+    """encode gives moments [N,2C,h,w], decode takes latents."""
+    x = image(seed, n, h, w)
+    moments = encode(x)
+    mean, logvar = moments.chunk(2, 1)
+    logvar = logvar.clamp(-30, 20)
+    std, noise = torch.exp(0.5 * logvar), drawn(seed + 1, *mean.shape)
+    z = drawn(seed + 2, *mean.shape)
+    return dict(image=x, moments=moments, mean=mean, logvar=logvar, std=std, sample_noise=noise, sample=mean + std * noise,
+                z=z, decoded_z=decode(z), decoded_mode=decode(mean))
+
+
+def diffusers_trace(model, seed, n, h, w):
+    def encode(x):
+        d = model.encode(x).latent_dist
+        return d.parameters
+    return kl_trace(encode, lambda z: model.decode(z).sample, seed, n, h, w)
+
+
+def unpatchify(tokens, p):
+    """MAR's tokens [N,g·g,c·p·p] as latents [N,c,g·p,g·p]: mar.py unpatchify."""
+    n, length, width = tokens.shape
+    g, c = math.isqrt(length), width // (p * p)
+    return torch.einsum("nhwcpq->nchpwq", tokens.reshape(n, g, g, c, p, p)).reshape(n, c, g * p, g * p)
+
+
+def kl_config(**changes):
+    return dict(in_channels=3, out_channels=3, down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
+                block_out_channels=[32, 64, 32], layers_per_block=1, latent_channels=4, norm_num_groups=32, sample_size=32) | changes
+
+
+def make_diffusers(w):
+    """AutoencoderKL as diffusers writes it today (to_q …); latents of 32×32 as MAR's tokens of 2×2 positions (KL-8 of P45)."""
+    from diffusers import AutoencoderKL
+    model = randomize(AutoencoderKL(**kl_config()), 1)
+    w.weights("kl_diffusers.safetensors", model.state_dict())
+    w.trace("kl_diffusers_io.safetensors", diffusers_trace(model, 10, 2, 16, 24))
+    patch, scale = 2, 0.5
+    tokens = drawn(20, 1, 256, 4 * patch * patch)
+    w.trace("kl_diffusers_tokens.safetensors", dict(tokens=tokens, decoded_tokens=model.decode(unpatchify(tokens, patch) / scale).sample),
+            patch_size=patch, latent_scale=scale)
+
+
+def make_diffusers_old(w):
+    """The names of diffusers before 0.13 (query, key, value, proj_attn), in which sd-vae-ft-mse and -ema are published.
+    The library itself reads the file back: what it computes then is the golden."""
+    from diffusers import AutoencoderKL
+    config = kl_config(down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2, block_out_channels=[32, 32])
+    model = randomize(AutoencoderKL(**config), 2)
+    old = {}
+    for name, v in model.state_dict().items():
+        for new, was in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+            name = name.replace(f"attentions.0.{new}.", f"attentions.0.{was}.")
+        old[name] = v
+    w.weights("kl_diffusers_old.safetensors", old)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_config(folder)
+        save_file(half(old), os.path.join(folder, "diffusion_pytorch_model.safetensors"))
+        read = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, low_cpu_mem_usage=False).eval()
+    for name, v in model.state_dict().items():
+        assert torch.equal(v, read.state_dict()[name]), name
+    w.trace("kl_diffusers_old_io.safetensors", diffusers_trace(read, 30, 1, 16, 16))
+
+
+def make_diffusers_bare(w):
+    """Without quant_conv and post_quant_conv, as the autoencoders of Stable Diffusion 3 and FLUX are."""
+    from diffusers import AutoencoderKL
+    model = randomize(AutoencoderKL(**kl_config(down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+                                                block_out_channels=[32, 32], latent_channels=16, use_quant_conv=False, use_post_quant_conv=False)), 3)
+    w.weights("kl_diffusers_bare.safetensors", model.state_dict())
+    w.trace("kl_diffusers_bare_io.safetensors", diffusers_trace(model, 40, 1, 8, 16))
+
+
+def dd_config(**changes):
+    return dict(double_z=False, z_channels=8, resolution=32, in_channels=3, out_ch=3, ch=32, ch_mult=[2, 1], num_res_blocks=1,
+                attn_resolutions=[16], dropout=0.0) | changes
+
+
+def make_kl_ldm(w):
+    """LDM's AutoencoderKL with attention at the lowest level on both sides, as kl-f16 has it."""
+    from ldm.models.autoencoder import AutoencoderKL
+    model = randomize(AutoencoderKL(dd_config(double_z=True), dict(target="torch.nn.Identity"), embed_dim=4), 4)
+    w.weights("kl_ldm.safetensors", model.state_dict())
+    w.trace("kl_ldm_io.safetensors", kl_trace(lambda x: model.encode(x).parameters, model.decode, 50, 1, 32, 16))
+
+
+def margin(t, codebook):
+    """How much nearer the nearest code is than the second, at the worst position of t, as a share of its distance."""
+    d = torch.cdist(t.permute(0, 2, 3, 1).reshape(-1, t.shape[1]).double(), codebook.double()) ** 2
+    two = d.topk(2, largest=False).values
+    return ((two[:, 1] - two[:, 0]) / two[:, 1]).min()
+
+
+def vq_trace(model, seed, n, h, w):
+    """model is a VQModel: encoder, quant_conv, quantize, post_quant_conv, decoder. Numbers are drawn again until no
+    code is only just the nearest: the golden would depend on rounding."""
+    codebook = model.quantize.embedding.weight
+    for seed in range(seed, seed + 1000, 3):
+        x = image(seed, n, h, w)
+        before = model.quant_conv(model.encoder(x))
+        z = drawn(seed + 1, *before.shape)
+        if min(margin(before, codebook), margin(z, codebook)) > 2e-4:
+            break
+    else:
+        sys.exit("no image without near ties")
+    quant, _, (_, _, indices) = model.quantize(before)
+    shape = (n, *before.shape[2:])
+    if indices.unique().numel() < 16:
+        sys.exit("too few codes are used")
+    codes = torch.randint(0, model.quantize.n_e, shape, generator=torch.Generator().manual_seed(seed + 2))
+    vectors = model.quantize.get_codebook_entry(codes.reshape(-1), (*shape, before.shape[1]))
+    return dict(image=x, prequant=before, indices=indices.reshape(shape), quant=quant,
+                z=z, decoded_z=model.decode(model.quantize(z)[0]), codes=codes, decoded_codes=model.decode(vectors))
+
+
+def make_vq_taming(w):
+    """taming's VQModel as Lightning saves it: state_dict with the loss's tensors, attention at the lowest level."""
+    from taming.models.vqgan import VQModel
+    model = randomize(VQModel(dd_config(), dict(target="loss"), n_embed=128, embed_dim=16), 5)
+    w.lightning("vq_taming.ckpt", model.state_dict())
+    w.trace("vq_taming_io.safetensors", vq_trace(model, 60, 2, 16, 8))
+
+
+def make_vq_ldm(w):
+    """LDM's VQ layout: its Encoder and Decoder around taming's quantizer, embed_dim 8 (ldm autoencoder.py VQModel, which
+    the package leaves out; these are its five modules and its encode and decode)."""
+    from ldm.modules.diffusionmodules.model import Decoder, Encoder
+    from taming.models.vqgan import VQModel
+    model = VQModel(dd_config(), dict(target="loss"), n_embed=256, embed_dim=8)
+    config = dd_config(z_channels=4)
+    model.encoder, model.decoder = Encoder(**config), Decoder(**config)
+    model.quant_conv, model.post_quant_conv = nn.Conv2d(4, 8, 1), nn.Conv2d(8, 4, 1)
+    randomize(model, 6)
+    state = {k: v for k, v in model.state_dict().items() if not k.startswith("loss.")}
+    w.weights("vq_ldm.safetensors", state)
+    w.trace("vq_ldm_io.safetensors", vq_trace(model, 70, 1, 16, 24))
+
+
+def main():
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
+    makers = {k[5:]: f for k, f in globals().items() if k.startswith("make_")}
+    names = sys.argv[2:] or list(makers)
+    for name in names:
+        if name not in makers:
+            sys.exit(f"{name} is none of {', '.join(makers)}")
+    torch.set_num_threads(1)
+    torch.backends.mkldnn.enabled = False  # plain float32 sums, the same on every machine
+    stand_ins()
+    w = Writer(sys.argv[1], names)
+    with torch.no_grad():
+        for name in names:
+            makers[name](w)
+
+
+if __name__ == "__main__":
+    main()
