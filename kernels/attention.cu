@@ -18,16 +18,24 @@
 // even) elements: an odd number of 16-byte units, so that the 8 rows of an ldmatrix lie in different banks. Q
 // fragments stay in registers for D ≤ 128. The rows of Q hold O at the end, for whole-row stores.
 //
-// Numerics. S in f32; p = 2^(s·c − m·c), c = |scale|·log₂e, as one FFMA and ex2 (relative error
-// about 2^-22); Σp of the unrounded p; p rounded to bf16 before P·V; f32 sums over keys. For a
-// negative scale Q's signs are flipped. A hidden key has p = 0 exactly, and a tile
-// without visible keys multiplies by exactly 1: a query's bits depend on its own
-// sequence only. Unaligned rows are loaded element by element into the same tiles.
+// Numerics. S in f32; p = 2^(s·c − base), c = |scale|·log₂e, as one FFMA and ex2 (relative error
+// about 2^-22); base is the greatest s·c of some tile so far and moves only when a later one exceeds it by
+// 8, so that sums are seldom rescaled (FlashAttention-4) and p ≤ 2^8. Σp of the unrounded p;
+// p rounded to bf16 before P·V; f32 sums over keys. For a negative scale Q's signs are flipped. A
+// hidden key has p = 0 exactly, a row decides on its base by itself, and a factor of a row
+// that has not moved is exactly 1: a query's bits depend on its own sequence only.
+// Unaligned rows are loaded element by element into the same tiles.
 //
-// ptxas (sm_80 / sm_90): REGS
+// ptxas (sm_80 / sm_90), registers: D = 64 144 / 165, 72 151 / 167, 80 158 / 167, 128 216 / 241,
+// 256 238 / 244, 512 143 / 145; no spills. The loop without masks at D = 64 has 346 / 343
+// instructions, 64 of them HMMA; without the rescaling that it mostly skips, 308 / 305: 21 % are HMMA.
 #include "attention.cuh"
 
 namespace {
+
+template <bool B> struct Const {
+	static constexpr bool value = B;
+};
 
 template <int D_, int BN_, int STRIPS_, int SPLIT_> struct Plan {
 	static constexpr int D = D_, BN = BN_, STRIPS = STRIPS_, SPLIT = SPLIT_;
@@ -35,34 +43,43 @@ template <int D_, int BN_, int STRIPS_, int SPLIT_> struct Plan {
 	static constexpr int PITCH = D / 8 % 2 ? D : D + 8;
 	static constexpr int COLS = D / SPLIT;    // output columns of a warp
 	static constexpr bool KEEP_Q = D <= 128;  // in registers
+	struct Tile {
+		bf16 k[BN][PITCH], v[BN][PITCH];
+	};
 	struct Smem {
 		bf16 q[ROWS][PITCH];
-		bf16 k[2][BN][PITCH], v[2][BN][PITCH];
+		Tile tile[2];
 	};
 };
 
 // Copier moves tiles of rows into shared memory: thread t takes 16-byte unit t mod (D/8) of every
-// (THREADS/(D/8))-th row.
+// (THREADS/(D/8))-th row. Rows past the last are copies of the last: keys there are masked (and their
+// values multiplied by 0), queries there are not stored. That costs one minimum per row,
+// no branch.
 template <class P, bool VEC> struct Copier {
 	static constexpr int UNITS = P::D / 8, PASS = P::THREADS / UNITS; // rows in one pass
-	int row, col, bytes, dh;
-	MARGO_DEVICE explicit Copier(int dh) : row(int(threadIdx.x) / UNITS), col(int(threadIdx.x) % UNITS * 8), bytes(col < dh ? 16 : 0), dh(dh) {}
-	// rows: those that exist, the others become zeros.
-	template <int N> MARGO_DEVICE void copy(bf16 (&dst)[N][P::PITCH], const bf16 *src, int64_t ld, int rows) const {
+	int row, col, at, bytes, dh;
+	MARGO_DEVICE explicit Copier(int dh)
+	    : row(int(threadIdx.x / UNITS)), col(int(threadIdx.x % UNITS * 8)), at(row * P::PITCH + col), bytes(col < dh ? 16 : 0), dh(dh) {
+		keep(row), keep(at), keep(bytes);
+	}
+	// copy fetches rows first … first+N-1 of a matrix of last+1 rows, ld elements apart; src: its column col.
+	template <int N> MARGO_DEVICE void copy(bf16 (&dst)[N][P::PITCH], const bf16 *src, int ld, int first, int last) const {
 		if (PASS * UNITS < P::THREADS && row >= PASS) return;
-		const bf16 *from = src + int64_t(row) * ld + col;
-		if (VEC && rows >= N) {
+		if (VEC) {
+			const char *from = reinterpret_cast<const char *>(src);
 #pragma unroll
-			for (int r = 0; r < N; r += PASS, from += PASS * ld)
-				if (N % PASS == 0 || r + row < N) gpu::cp_async16(&dst[r + row][col], from, bytes);
-		} else if (VEC) {
-#pragma unroll 1
-			for (int r = row; r < N; r += PASS, from += PASS * ld) gpu::cp_async16(&dst[r][col], r < rows ? from : src, r < rows ? bytes : 0);
+			for (int r = 0; r < N; r += PASS) {
+				int i = first + r + row < last ? first + r + row : last;
+				if (N % PASS == 0 || r + row < N) gpu::cp_async16(&dst[0][0] + at + r * P::PITCH, from + int64_t(i) * (2 * ld), bytes);
+			}
 		} else {
 #pragma unroll 1
-			for (int r = row; r < N; r += PASS, from += PASS * ld)
+			for (int r = row; r < N; r += PASS) {
+				const bf16 *from = src + int64_t(first + r < last ? first + r : last) * ld;
 #pragma unroll
-				for (int i = 0; i < 8; i++) dst[r][col + i] = r < rows && col + i < dh ? from[i] : bf16{0};
+				for (int i = 0; i < 8; i++) dst[r][col + i] = col + i < dh ? from[i] : bf16{0};
+			}
 		}
 	}
 };
@@ -71,23 +88,32 @@ template <class P, bool VEC> struct Copier {
 template <class P> struct Strip {
 	static constexpr int K16 = P::D / 16, NT = P::BN / 8, OT = P::COLS / 8;
 	uint32_t q[P::KEEP_Q ? K16 : 1][4], qt[2]; // qt: the last 8 columns, if D is no multiple of 16
-	float o[OT][4], top[2], sum[2];            // of rows g and g+8; sum: of this lane's keys
+	float o[OT][4], base[2], sum[2];           // of rows g and g+8: Σ pV, the exponent that p is relative to, this lane's Σp
 	float c;                                   // 2^(c·s)
 	int visible[2];                            // keys that the rows see
+	int at_q, at_k, at_kt, at_v, t2;           // what this lane reads first of q, k (and its last columns) and v; its first column
+
+	MARGO_DEVICE Strip(int strip, int col0) {
+		const int lane = int(threadIdx.x % 32);
+		at_q = (strip * 16 + (lane & 15)) * P::PITCH + (lane >> 4) * 8;
+		at_k = ((lane >> 4) * 8 + (lane & 7)) * P::PITCH + (lane >> 3 & 1) * 8;
+		at_kt = lane * P::PITCH + K16 * 16;
+		at_v = (lane & 15) * P::PITCH + col0 + (lane >> 4) * 8;
+		t2 = 2 * (lane & 3);
+		keep(at_k), keep(at_v);
+	}
 
 	// step takes in one tile; at is its first key.
-	template <bool MASK> MARGO_DEVICE void step(const bf16 (&qs)[P::ROWS][P::PITCH], const bf16 (&ks)[P::BN][P::PITCH], const bf16 (&vs)[P::BN][P::PITCH],
-	                                            int strip, int col0, int at) {
-		const int lane = int(threadIdx.x) % 32, t = lane % 4;
+	template <bool MASK> MARGO_DEVICE void step(const bf16 (&qs)[P::ROWS][P::PITCH], const typename P::Tile &tile, int at) {
 		float s[NT][4];
 #pragma unroll
 		for (int n = 0; n < NT; n++)
 #pragma unroll
 			for (int i = 0; i < 4; i++) s[n][i] = 0;
-		const bf16 *krow = &ks[lane / 16 * 8 + lane % 8][lane / 8 % 2 * 8];
+		const bf16 *krow = &tile.k[0][0] + at_k;
 #pragma unroll
 		for (int kk = 0; kk < K16; kk++) {
-			if (!P::KEEP_Q) gpu::ldmatrix_x4(q[0], &qs[strip * 16 + lane % 16][kk * 16 + lane / 16 * 8]);
+			if (!P::KEEP_Q) gpu::ldmatrix_x4(q[0], &qs[0][0] + at_q + kk * 16);
 #pragma unroll
 			for (int n = 0; n < NT; n += 2) {
 				uint32_t b[4];
@@ -101,7 +127,7 @@ template <class P> struct Strip {
 #pragma unroll
 			for (int n = 0; n < NT; n += 4) {
 				uint32_t b[4];
-				gpu::ldmatrix_x4(b, &ks[n * 8 + lane][K16 * 16]);
+				gpu::ldmatrix_x4(b, &tile.k[0][0] + at_kt + n * 8 * P::PITCH);
 #pragma unroll
 				for (int i = 0; i < 4; i++) gpu::mma_bf16_k8(s[n + i], qt, b[i]);
 			}
@@ -111,31 +137,35 @@ template <class P> struct Strip {
 			for (int n = 0; n < NT; n++)
 #pragma unroll
 				for (int i = 0; i < 4; i++)
-					if (at + n * 8 + 2 * t + i % 2 >= visible[i / 2]) s[n][i] = -INFINITY;
+					if (at + n * 8 + t2 + i % 2 >= visible[i / 2]) s[n][i] = -INFINITY;
 		}
-		float mc[2];
+		float old[2] = {base[0], base[1]};
 #pragma unroll
 		for (int h = 0; h < 2; h++) {
-			float m = top[h];
+			float m = fmaxf(s[0][2 * h], s[0][2 * h + 1]);
 #pragma unroll
-			for (int n = 0; n < NT; n++) m = fmaxf(m, fmaxf(s[n][2 * h], s[n][2 * h + 1]));
+			for (int n = 1; n < NT; n++) m = fmaxf(m, fmaxf(s[n][2 * h], s[n][2 * h + 1]));
 			m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 1));
 			m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 2));
-			mc[h] = MASK && m == -INFINITY ? 0.0f : m * c; // nothing seen so far
-			float shrink = gpu::exp2_fast(fmaf(top[h], c, -mc[h]));
-			top[h] = m;
-			sum[h] *= shrink;
+			if (fmaf(m, c, -base[h]) > 8.0f) base[h] = m * c; // p may reach 2^8 before sums are rescaled
+		}
+		if (__any_sync(0xffffffffu, base[0] != old[0] || base[1] != old[1])) {
 #pragma unroll
-			for (int n = 0; n < OT; n++) o[n][2 * h] *= shrink, o[n][2 * h + 1] *= shrink;
+			for (int h = 0; h < 2; h++) {
+				float shrink = gpu::exp2_fast(old[h] - base[h]);
+				sum[h] *= shrink;
+#pragma unroll
+				for (int n = 0; n < OT; n++) o[n][2 * h] *= shrink, o[n][2 * h + 1] *= shrink;
+			}
 		}
 #pragma unroll
 		for (int n = 0; n < NT; n++)
 #pragma unroll
 			for (int i = 0; i < 4; i++) {
-				s[n][i] = gpu::exp2_fast(fmaf(s[n][i], c, -mc[i / 2]));
+				s[n][i] = gpu::exp2_fast(fmaf(s[n][i], c, -base[i / 2]));
 				sum[i / 2] += s[n][i];
 			}
-		const bf16 *vrow = &vs[lane % 16][col0 + lane / 16 * 8];
+		const bf16 *vrow = &tile.v[0][0] + at_v;
 #pragma unroll
 		for (int kk = 0; kk < P::BN / 16; kk++) {
 			const uint32_t p[4] = {gpu::pack_bf16(s[2 * kk][0], s[2 * kk][1]), gpu::pack_bf16(s[2 * kk][2], s[2 * kk][3]),
@@ -150,14 +180,14 @@ template <class P> struct Strip {
 			}
 			if constexpr (OT % 2 != 0) {
 				uint32_t b[2];
-				gpu::ldmatrix_x2_t(b, &vs[kk * 16 + lane % 16][col0 + (OT - 1) * 8]);
+				gpu::ldmatrix_x2_t(b, vrow + kk * 16 * P::PITCH + (OT - 1) * 8); // lanes 0 … 15
 				gpu::mma_bf16(o[OT - 1], p, b);
 			}
 		}
 	}
 };
 
-template <class P, bool VEC> __global__ void __launch_bounds__(P::THREADS) attention_kernel(Attention p) {
+template <class P, bool VEC> __global__ void __launch_bounds__(P::THREADS, P::D <= 80 ? 3 : 1) attention_kernel(Attention p) {
 	typename P::Smem &sm = gpu::smem<typename P::Smem>();
 	const Span span(p, int(blockIdx.z));
 	const int first = int(blockIdx.x) * P::ROWS, head = int(blockIdx.y);
@@ -166,17 +196,15 @@ template <class P, bool VEC> __global__ void __launch_bounds__(P::THREADS) atten
 	const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, strip = warp / P::SPLIT, col0 = warp % P::SPLIT * P::COLS;
 	const int keys = span.visible(p, first + rows - 1), whole = span.visible(p, first) / P::BN; // tiles without masks
 	const Copier<P, VEC> copier(p.dh);
-	const bf16 *k = static_cast<const bf16 *>(p.k) + int64_t(span.k0) * p.ldk + head * p.dh;
-	const bf16 *v = static_cast<const bf16 *>(p.v) + int64_t(span.k0) * p.ldv + head * p.dh;
-	// fetch starts the copy of the tile that begins with key at; k and v are that tile's.
-	auto fetch = [&](int at) {
-		int b = at / P::BN % 2;
-		copier.copy(sm.k[b], k, p.ldk, span.keys - at);
-		copier.copy(sm.v[b], v, p.ldv, span.keys - at);
-		k += P::BN * p.ldk, v += P::BN * p.ldv;
+	const bf16 *k = static_cast<const bf16 *>(p.k) + int64_t(span.k0) * p.ldk + head * p.dh + copier.col;
+	const bf16 *v = static_cast<const bf16 *>(p.v) + int64_t(span.k0) * p.ldv + head * p.dh + copier.col;
+	keep(k), keep(v);
+	auto fetch = [&](int stage, int at) { // starts the copy of the tile that begins with key at
+		copier.copy(sm.tile[stage].k, k, p.ldk, at, span.keys - 1);
+		copier.copy(sm.tile[stage].v, v, p.ldv, at, span.keys - 1);
 	};
-	copier.copy(sm.q, static_cast<const bf16 *>(p.q) + int64_t(span.q0 + first) * p.ldq + head * p.dh, p.ldq, rows);
-	if (keys > 0) fetch(0);
+	copier.copy(sm.q, static_cast<const bf16 *>(p.q) + int64_t(span.q0 + first) * p.ldq + head * p.dh + copier.col, p.ldq, 0, rows - 1);
+	if (keys > 0) fetch(0, 0);
 	gpu::cp_async_commit();
 	gpu::cp_async_wait<0>();
 	__syncthreads();
@@ -185,10 +213,10 @@ template <class P, bool VEC> __global__ void __launch_bounds__(P::THREADS) atten
 		for (int i = int(threadIdx.x); i < P::ROWS * P::D; i += P::THREADS) sm.q[i / P::D][i % P::D].bits ^= 0x8000;
 		__syncthreads();
 	}
-	Strip<P> w;
+	Strip<P> w(strip, col0);
 	if constexpr (P::KEEP_Q) {
 #pragma unroll
-		for (int kk = 0; kk < P::D / 16; kk++) gpu::ldmatrix_x4(w.q[kk], &sm.q[strip * 16 + lane % 16][kk * 16 + lane / 16 * 8]);
+		for (int kk = 0; kk < P::D / 16; kk++) gpu::ldmatrix_x4(w.q[kk], &sm.q[0][0] + w.at_q + kk * 16);
 		if constexpr (P::D % 16 != 0) gpu::ldmatrix_x2(w.qt, &sm.q[strip * 16 + lane % 16][P::D - 8]);
 	}
 #pragma unroll
@@ -199,26 +227,22 @@ template <class P, bool VEC> __global__ void __launch_bounds__(P::THREADS) atten
 #pragma unroll
 	for (int h = 0; h < 2; h++) {
 		int row = strip * 16 + h * 8 + lane / 4;
-		w.top[h] = -INFINITY, w.sum[h] = 0, w.visible[h] = row < rows ? span.visible(p, first + row) : 0;
+		w.base[h] = -3e38f, w.sum[h] = 0, w.visible[h] = row < rows ? span.visible(p, first + row) : 0;
 	}
 
-	int at = 0;
-	auto next = [&](int at) { // when tile at has come and its predecessor is done with, fetches the successor
+	int at = 0, stage = 0;
+	auto step = [&](auto mask) { // when the tile has come and its predecessor is done with, fetches the successor
 		gpu::cp_async_wait<0>();
 		__syncthreads();
-		if (at + P::BN < keys) fetch(at + P::BN);
+		if (at + P::BN < keys) fetch(stage ^ 1, at + P::BN);
 		gpu::cp_async_commit();
+		w.template step<decltype(mask)::value>(sm.q, sm.tile[stage], at);
+		at += P::BN, stage ^= 1;
 	};
 #pragma unroll 1
-	for (; at < whole * P::BN; at += P::BN) {
-		next(at);
-		w.template step<false>(sm.q, sm.k[at / P::BN % 2], sm.v[at / P::BN % 2], strip, col0, at);
-	}
+	while (at < whole * P::BN) step(Const<false>{});
 #pragma unroll 1
-	for (; at < keys; at += P::BN) {
-		next(at);
-		w.template step<true>(sm.q, sm.k[at / P::BN % 2], sm.v[at / P::BN % 2], strip, col0, at);
-	}
+	while (at < keys) step(Const<true>{});
 
 	__syncthreads(); // Q is not needed any more: its rows take O
 	uint32_t bad[2];
@@ -236,7 +260,7 @@ template <class P, bool VEC> __global__ void __launch_bounds__(P::THREADS) atten
 			if (w.visible[h] == 0) a = b = 0;
 			*reinterpret_cast<uint32_t *>(&sm.q[strip * 16 + h * 8 + lane / 4][col0 + n * 8 + lane % 4 * 2]) = gpu::pack_bf16(a, b);
 		}
-		bad[h] = __ballot_sync(0xffffffffu, p.causal && w.visible[h] > 0 && !ok);
+		bad[h] = __ballot_sync(0xffffffffu, w.visible[h] > 0 && !ok);
 	}
 	__syncwarp();
 	for (int i = lane; i < 16 * P::COLS / 8; i += 32) {
@@ -266,8 +290,10 @@ margo_status op_attention(margo_stream *st, const margo_attention_args *a) {
 	if (a->heads <= 0 || a->q.cols % a->heads) return fail(st->ctx, MARGO_INVALID, "attention: %lld columns for %lld heads", (long long)a->q.cols, (long long)a->heads);
 	if (a->seqs > 65535 || a->heads > 65535)
 		return fail(st->ctx, MARGO_UNSUPPORTED, "attention: %lld sequences of %lld heads, at most 65535 each", (long long)a->seqs, (long long)a->heads);
+	for (const margo_mat *m : {&a->q, &a->k, &a->v, &a->o})
+		if (m->ld >= 1 << 30) return fail(st->ctx, MARGO_UNSUPPORTED, "attention: rows %lld elements apart", (long long)m->ld);
 	Attention p{ptr<void>(a->q), ptr<void>(a->k), ptr<void>(a->v), ptr<void>(a->o), ptr<int32_t>(a->qoff), ptr<int32_t>(a->koff),
-	            a->q.ld, a->k.ld, a->v.ld, a->o.ld, int(a->q.cols / a->heads), a->causal, a->scale};
+	            int(a->q.ld), int(a->k.ld), int(a->v.ld), int(a->o.ld), int(a->q.cols / a->heads), a->causal, a->scale};
 	if (a->q.dtype == MARGO_F32) return attention_f32(st, p, a);
 	bool vec = p.dh % 8 == 0 && aligned(a->q, 16) && aligned(a->k, 16) && aligned(a->v, 16) && aligned(a->o, 16);
 	if (p.dh <= 16) return launch_bf16<Plan<16, 64, 4, 1>>(st, "attention_16", p, a, vec);

@@ -12,7 +12,7 @@ struct Attention {
 	const void *q, *k, *v;
 	void *o;
 	const int32_t *qoff, *koff;
-	int64_t ldq, ldk, ldv, ldo; // elements
+	int ldq, ldk, ldv, ldo; // elements
 	int dh, causal;
 	float scale;
 };
@@ -37,9 +37,9 @@ struct Span {
 	}
 };
 
-// redo computes columns c0 … c1-1 of query i of a head anew, key by key, by a whole warp. Under a causal
-// mask a value that is not finite spoils the queries of its tile that may not see
-// it (0·NaN is NaN): those few rows come here, where no hidden key is touched.
+// redo computes columns c0 … c1-1 of query i of a head anew, key by key, by a whole warp. A value that is not
+// finite spoils the queries of its tile that may not see it (0·NaN is NaN): rows with a result that is
+// not finite come here, where no hidden key is touched.
 template <class T, int D> MARGO_DEVICE void redo(const Attention &p, const Span &span, int head, int i, int c0, int c1) {
 	constexpr int N = (D + 31) / 32;
 	int lane = int(threadIdx.x) % 32, n = span.visible(p, i);

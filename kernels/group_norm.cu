@@ -15,7 +15,7 @@
 // Loads are 16 bytes where aligned, else single elements in the same threads.
 //
 // Shared memory: L·4⌈C/4⌉ + 2·groups floats. Workspace: 2·images·groups·chunks floats.
-// ptxas (sm_80, sm_90): REGS
+// ptxas (sm_80, sm_90): at most 62 registers, no spills.
 #include "act.cuh"
 #include "plugin.h"
 #include "reduce.cuh"
@@ -55,7 +55,7 @@ MARGO_DEVICE float total(const float *part, const GroupNorm &p, int g) {
 }
 
 // group_part_kernel computes Σx, or Σ(x − mean)² with SQUARE, of a chunk.
-template <class X, bool VEC, bool SQUARE> __global__ void __launch_bounds__(THREADS) group_part_kernel(GroupNorm p) {
+template <class X, bool VEC, bool SQUARE> __global__ void __launch_bounds__(THREADS, 4) group_part_kernel(GroupNorm p) {
 	float *mean = &gpu::smem<float>(), *acc = mean + p.groups;
 	int warp = int(threadIdx.x) / 32, per = p.ch / p.groups;
 	float count = float(p.pixels * per);
@@ -96,7 +96,7 @@ template <class X, bool VEC, bool SQUARE> __global__ void __launch_bounds__(THRE
 	}
 }
 
-template <class X, class Y, bool VEC> __global__ void __launch_bounds__(THREADS) group_apply_kernel(GroupNorm p) {
+template <class X, class Y, bool VEC> __global__ void __launch_bounds__(THREADS, 4) group_apply_kernel(GroupNorm p) {
 	float *mean = &gpu::smem<float>(), *rstd = mean + p.groups;
 	int per = p.ch / p.groups;
 	float count = float(p.pixels * per);

@@ -47,6 +47,16 @@ MARGO_DEVICE bf16 to_bf16(float f) { // a NaN stays a quiet NaN
 	if ((u & 0x7fffffffu) > 0x7f800000u) return bf16{uint16_t(u >> 16 | 0x40)};
 	return bf16{uint16_t((u + 0x7fffu + (u >> 16 & 1)) >> 16)};
 }
+// keep hides where v comes from: the compiler holds it in a register instead of computing it again
+// in every turn of a loop.
+template <class T> MARGO_DEVICE void keep(T &v) {
+#ifdef __CUDACC__
+	if constexpr (sizeof(T) == 8) asm volatile("" : "+l"(v));
+	else asm volatile("" : "+r"(v));
+#else
+	(void)v;
+#endif
+}
 template <class T> MARGO_DEVICE T from_f32(float v);
 template <> MARGO_DEVICE float from_f32<float>(float v) { return v; }
 template <> MARGO_DEVICE bf16 from_f32<bf16>(float v) { return to_bf16(v); }
