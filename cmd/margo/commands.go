@@ -6,6 +6,8 @@ import "github.com/urfave/cli/v2"
 // write a file NAME.go with a func NAMECommand() *cli.Command and name it here.
 var commands = []func() *cli.Command{
 	sampleCommand,
+	encodeCommand,
+	decodeCommand,
 	verifyCommand,
 	benchCommand,
 	inspectCommand,

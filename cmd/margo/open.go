@@ -83,6 +83,7 @@ type tokenizerFile struct {
 	file  *checkpoint.File
 	info  *checkpoint.Model
 	scale float64 // tokens = latents · scale
+	tiling
 }
 
 // openTokenizer opens the tokenizer of a MAR: the file given, else the one that
@@ -149,9 +150,9 @@ func openScaled(path, modelPath string, info *checkpoint.Model, givenScale float
 	return t, nil
 }
 
-// make describes the tokenizer, without values, and lists its parameters. The
+// raw describes the tokenizer, without values, and lists its parameters. The
 // encoder is there only if it is needed.
-func (t *tokenizerFile) make(encode bool) (tokenizer.Tokenizer, []engine.NamedParam, error) {
+func (t *tokenizerFile) raw(encode bool) (tokenizer.Tokenizer, []engine.NamedParam, error) {
 	if t.file == nil {
 		return tokenizer.Pixels{}, nil, nil
 	}
@@ -162,9 +163,26 @@ func (t *tokenizerFile) make(encode bool) (tokenizer.Tokenizer, []engine.NamedPa
 	return k, engine.Params(k), nil
 }
 
+// make is raw, working tile by tile if that was asked for.
+func (t *tokenizerFile) make(encode bool) (tokenizer.Tokenizer, []engine.NamedParam, error) {
+	tok, params, err := t.raw(encode)
+	if err == nil {
+		tok, err = t.wrap(tok)
+	}
+	return tok, params, err
+}
+
 // load puts the tokenizer on a device.
 func (t *tokenizerFile) load(ctx context.Context, dev engine.Device, d engine.DType, encode bool) (tokenizer.Tokenizer, error) {
-	tok, params, err := t.make(encode)
+	tok, err := t.loadRaw(ctx, dev, d, encode)
+	if err != nil {
+		return nil, err
+	}
+	return t.wrap(tok)
+}
+
+func (t *tokenizerFile) loadRaw(ctx context.Context, dev engine.Device, d engine.DType, encode bool) (tokenizer.Tokenizer, error) {
+	tok, params, err := t.raw(encode)
 	if k, ok := tok.(tokenizer.Autoencoder); ok && err == nil {
 		err = load.Bind(params, t.file, dev, d, load.Options{Ignore: k.Unused, Progress: until(ctx)})
 	}

@@ -40,7 +40,7 @@ Examples:
       --classes 207 -n 4 --out filled.png`,
 		Flags: slices.Concat([]cli.Flag{
 			&cli.StringFlag{Name: "model", Aliases: []string{"m"}, Category: "Model", Usage: "`FILE`|the MAR's weights: safetensors, .pth, .pt or .ckpt (needed)"},
-			&cli.StringFlag{Name: "tokenizer", Category: "Model", DefaultText: "the file that the model names, beside it", Usage: "`FILE`|the KL tokenizer's weights"},
+			&cli.StringFlag{Name: "tokenizer", Category: "Model", DefaultText: "the file that the model names, beside it", Usage: "`FILE`|the tokenizer's weights: KL, or VQ, whose latents before quantisation are the tokens"},
 			latentScaleFlag("Model", "the model's, else the tokenizer's"),
 		}, shapeFlags(), []cli.Flag{
 			&cli.StringFlag{Name: "classes", Category: "Images", DefaultText: "all in turn", Usage: "`LIST`|class ids, ranges or names that the model knows, repeated in turn: 207,360 or 0-9 or sneaker,bag"},
@@ -57,7 +57,7 @@ Examples:
 			&cli.Float64Flag{Name: "cfg", Category: "Sampling", DefaultText: "the model's, else 1", Usage: "`S`|classifier-free guidance scale; 1 is off and twice as fast, 2 to 4 sharpens"},
 			&cli.StringFlag{Name: "cfg-schedule", Category: "Sampling", DefaultText: "the model's, else linear", Usage: "`KIND`|linear: guidance grows from 1 to --cfg as tokens appear; constant: always --cfg"},
 			&cli.Float64Flag{Name: "temperature", Category: "Sampling", DefaultText: "the model's, else 1", Usage: "`T`|factor on the noise of the head's steps; below 1 is less varied"},
-
+		}, tileFlags(), []cli.Flag{
 			&cli.IntFlag{Name: "batch", Category: "Machine", Value: 8, Usage: "`N`|images at a time; more is faster until memory ends"},
 			deviceFlag(),
 			&cli.StringFlag{Name: "dtype", Category: "Machine", Value: "f32", Usage: "`DTYPE`|compute in f32, or in bf16: faster where the CPU has it, half the memory, small differences"},
@@ -80,6 +80,7 @@ type job struct {
 	batch     int
 	seed      uint64
 	scale     float64 // --latent-scale, 0 if it was not given
+	tiles     tiling  // of the tokenizer
 	dtype     engine.DType
 	info      *checkpoint.Model
 	tokenizer *tokenizerFile
@@ -159,6 +160,7 @@ func runSample(c *cli.Context) error {
 		return err
 	}
 	defer j.tokenizer.close()
+	j.tokenizer.tiling = j.tiles
 	known, err := readKnownImage(c, info.MAR)
 	if err != nil {
 		return err
@@ -180,6 +182,10 @@ func runSample(c *cli.Context) error {
 	tok, err := j.tokenizer.load(c.Context, dev, j.dtype, known != nil)
 	if err != nil {
 		return err
+	}
+	side := info.MAR.Grid() * info.MAR.PatchSize
+	if note := tileNote(tok, side, side); note != "" {
+		log.Info(note)
 	}
 	request := j.request()
 	if known != nil {
@@ -308,6 +314,9 @@ func readSampleFlags(c *cli.Context) (*job, error) {
 	j := &job{n: c.Int("n"), first: c.Int("first-index"), batch: c.Int("batch"), seed: c.Uint64("seed")}
 	var err error
 	if j.scale, err = givenScale(c); err != nil {
+		return nil, err
+	}
+	if j.tiles, err = readTiling(c); err != nil {
 		return nil, err
 	}
 	if j.dtype, err = engine.ParseDType(c.String("dtype")); err != nil {

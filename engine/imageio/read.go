@@ -8,6 +8,7 @@ import (
 	_ "image/png"
 	"io"
 	"io/fs"
+	"math"
 	"os"
 
 	"margo/engine"
@@ -38,14 +39,8 @@ func decode(path string) (image.Image, error) {
 		return fail("%w", pathCause(err))
 	}
 	defer f.Close()
-	c, _, err := image.DecodeConfig(bufio.NewReader(f))
-	if errors.Is(err, image.ErrFormat) {
-		return fail("neither PNG nor JPEG")
-	} else if err != nil {
-		return fail("%w", err)
-	}
-	if c.Width <= 0 || c.Height <= 0 || c.Width > maxPixels/c.Height {
-		return fail("%d×%d pixels: at most %d are read", c.Width, c.Height, maxPixels)
+	if _, err := header(path, f); err != nil {
+		return nil, err
 	}
 	if _, err := f.Seek(0, io.SeekStart); err != nil {
 		return fail("%w", pathCause(err))
@@ -184,4 +179,40 @@ func (p *plane) transpose() *plane {
 		}
 	}
 	return o
+}
+
+// ImageSize is the width and height of a PNG or JPEG, from its header.
+func ImageSize(path string) (w, h int, err error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return 0, 0, engine.Errorf("read "+path, engine.IO, "%w", pathCause(err))
+	}
+	defer f.Close()
+	c, err := header(path, f)
+	return c.Width, c.Height, err
+}
+
+// header reads an image's size and checks that it can be decoded.
+func header(path string, r io.Reader) (image.Config, error) {
+	c, _, err := image.DecodeConfig(bufio.NewReader(r))
+	switch {
+	case errors.Is(err, image.ErrFormat):
+		err = engine.Errorf("read "+path, engine.IO, "neither PNG nor JPEG")
+	case err != nil:
+		err = engine.Errorf("read "+path, engine.IO, "%w", err)
+	case c.Width <= 0 || c.Height <= 0 || c.Width > maxPixels/c.Height:
+		err = engine.Errorf("read "+path, engine.IO, "%d×%d pixels: at most %d are read", c.Width, c.Height, maxPixels)
+	}
+	return c, err
+}
+
+// PSNR is the peak signal-to-noise ratio of two images of one size in dB,
+// 10·log₁₀(255²/MSE) over all pixels and channels; +Inf for equal images.
+func PSNR(a, b *RGB) float64 {
+	sum := 0.0
+	for i, x := range a.Pix {
+		d := float64(x) - float64(b.Pix[i])
+		sum += d * d
+	}
+	return 10 * math.Log10(255*255*float64(len(a.Pix))/sum)
 }

@@ -81,6 +81,13 @@ func (p *Posterior) set(first int, moments []float32) {
 	}
 }
 
+// spread computes the standard deviations from the log variances.
+func (p *Posterior) spread() {
+	for i, v := range p.LogVar {
+		p.Std[i] = float32(math.Exp(float64(v) / 2))
+	}
+}
+
 // certain makes the standard deviation 0.
 func (p *Posterior) certain() {
 	clear(p.Std)

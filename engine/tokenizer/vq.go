@@ -15,7 +15,8 @@ import (
 //
 // It is a Tokenizer of continuous latents too, those before quantisation (P44):
 // Encode gives them with a standard deviation of 0, Decode quantises what it is
-// given and decodes that, as VQModelInterface does.
+// given and decodes that, as VQModelInterface does. It keeps what it read of the
+// codebook for the next search, so one goroutine at a time may use it.
 type VQ struct {
 	KL                     // networks; Encode, Decode and Posterior are VQ's own
 	Codebook *engine.Param `param:"quantize.embedding.weight"` // [n_embed, embed_dim]
@@ -23,8 +24,11 @@ type VQ struct {
 	table *table // the codebook on the host, once it was needed
 }
 
-// table is the codebook as the search needs it.
+// table is the codebook as the search needs it, read from a tensor through a
+// context: a plan's reads zeros where a device has values.
 type table struct {
+	from         *engine.Tensor
+	by           *engine.Ctx
 	ch           int
 	codes        []float32
 	norms, sizes []float64 // ‖e‖² and ‖e‖ of each code
@@ -147,10 +151,13 @@ func (v *VQ) Nearest(c *engine.Ctx, z *engine.Tensor) []int32 {
 		c.Fail(shapeError("quantise", z, fmt.Sprintf("f32[..,%d]", v.Channels())))
 		return nil
 	}
-	if v.table == nil { // once: the codebook does not change
-		if codes := c.Download(v.Codebook.T); c.Err() == nil {
-			v.table = newTable(codes, v.Channels())
+	if v.table == nil || v.table.from != v.Codebook.T || v.table.by != c {
+		codes := c.Download(v.Codebook.T)
+		if c.Err() != nil {
+			return nil
 		}
+		v.table = newTable(codes, v.Channels())
+		v.table.from, v.table.by = v.Codebook.T, c
 	}
 	out := make([]int32, z.Rows())
 	for i := 0; i < len(out) && !c.Poll(); i += nearestRows {

@@ -260,6 +260,20 @@ func TestNearest(t *testing.T) {
 			}
 		}
 	}
+	// A dry run in between leaves nothing behind.
+	vq, real := fakeVQ(t, ref.New(ref.Rounded), []float32{0, 1, 2, 3}, 1)
+	for range 2 {
+		dry, err := engine.NewCtx(plan.New(0), engine.F32)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := vq.Nearest(dry, dry.New(engine.F32, 2, 1)); len(got) != 2 || dry.Err() != nil {
+			t.Errorf("a plan gives %v, %v", got, dry.Err())
+		}
+		if got := vq.Nearest(real, real.F32([]float32{2.2, 0.9}, 2, 1)); len(got) != 2 || got[0] != 2 || got[1] != 1 {
+			t.Errorf("after a plan: %v, %v", got, real.Err())
+		}
+	}
 	// Beyond F32's products: still the nearest.
 	v, c := fakeVQ(t, ref.New(ref.Rounded), []float32{1e30, -1e30, 3e30, 0}, 1)
 	if got := v.Nearest(c, c.F32([]float32{2.5e30, -1, 1e30, 0}, 4, 1)); len(got) != 4 || got[0] != 2 || got[1] != 3 || got[2] != 0 || got[3] != 3 {
