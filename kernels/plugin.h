@@ -6,6 +6,7 @@
 #include <cstdarg>
 #include <functional>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <vector>
@@ -36,6 +37,8 @@ struct margo_context {
 	std::vector<margo_kernel_stat> kernels;
 	std::map<uint64_t, uint64_t> sizes;            // of memory that is held
 	std::vector<std::function<void()>> releases; // run by close: what ops cached in the context
+	std::mutex graph_mu;               // guards graphs that ops cache
+	std::shared_ptr<void> head_graphs; // of head.cu
 	uint32_t *device_error = nullptr; // device word: set by kernels that meet an index out of range; read by waits
 	int cc() const { return prop.major * 10 + prop.minor; }
 };
