@@ -77,8 +77,8 @@ template <int BM, int BN> __global__ void __launch_bounds__(256) gemm_f32(const 
 	};
 	float acc[BM / 16][BN / 16];
 	fma_tile<BM, BN>(
-		acc, mem, p.k, [&](float(&v)[4], int r, int64_t k) { load(v, p.x.p, p.x.ld, p.x.bf16_in, p.x.aligned, m0 + r, p.m, k); },
-		[&](float(&v)[4], int r, int64_t k) { load(v, p.w.p, p.w.ld, p.w.bf16_in, p.w.aligned, n0 + r, p.n, k); });
+		acc, mem, p.k, [&](float(&v)[4], int, int r, int64_t k) { load(v, p.x.p, p.x.ld, p.x.bf16_in, p.x.aligned, m0 + r, p.m, k); },
+		[&](float(&v)[4], int, int r, int64_t k) { load(v, p.w.p, p.w.ld, p.w.bf16_in, p.w.aligned, n0 + r, p.n, k); });
 	store_tile_f32<BM, BN>(acc, p.e, m0, n0, p.m, p.n);
 }
 

@@ -196,6 +196,8 @@ MARGO_DEVICE void store_tile(const float (&acc)[BM / WM / 16][BN / WN / 8][4], T
 
 // Tile of BM × BN × 16 with 256 threads, each TM × TN elements; both operands lie k-major in two
 // buffers, so that a step of k reads consecutive elements. The next tile waits in registers.
+// load_a(v, i, r, k) reads columns k … k+3 of row r; i counts the thread's loads (constant once
+// unrolled), r is threadIdx.x / 4 + 64·i.
 template <int BM, int BN> struct TileMemoryF32 {
 	float a[2][16][BM + 4];
 	float b[2][16][BN + 4];
@@ -208,9 +210,9 @@ MARGO_DEVICE void fma_tile(float (&acc)[BM / 16][BN / 16], TileMemoryF32<BM, BN>
 	float ra[NA][4], rb[NB][4];
 	auto fetch = [&](int64_t k0) {
 #pragma unroll
-		for (int i = 0; i < NA; i++) load_a(ra[i], (tid + i * 256) / 4, k0 + (tid + i * 256) % 4 * 4);
+		for (int i = 0; i < NA; i++) load_a(ra[i], i, (tid + i * 256) / 4, k0 + (tid + i * 256) % 4 * 4);
 #pragma unroll
-		for (int i = 0; i < NB; i++) load_b(rb[i], (tid + i * 256) / 4, k0 + (tid + i * 256) % 4 * 4);
+		for (int i = 0; i < NB; i++) load_b(rb[i], i, (tid + i * 256) / 4, k0 + (tid + i * 256) % 4 * 4);
 	};
 	auto put = [&](int s) {
 #pragma unroll

@@ -147,7 +147,7 @@ margo_status info(margo_context *c, margo_info *out) {
 	cudaDeviceGetAttribute(&i.memory_bus_bits, cudaDevAttrGlobalMemoryBusWidth, c->ordinal);
 	cudaGetLastError(); // a device that does not tell its clocks is fine
 	i.emulated = gpu::emulated;
-	snprintf(i.name, sizeof i.name, "%s", c->prop.name);
+	snprintf(i.name, sizeof i.name, "%.127s", c->prop.name);
 	snprintf(i.pci_bus_id, sizeof i.pci_bus_id, "%04x:%02x:%02x.0", c->prop.pciDomainID, c->prop.pciBusID, c->prop.pciDeviceID);
 	snprintf(i.arch, sizeof i.arch, gpu::emulated ? "emu" : "sm_%d%d", i.cc_major, i.cc_minor);
 	memcpy(out, &i, out->size < sizeof i ? out->size : sizeof i);

@@ -1,0 +1,33 @@
+package cuda
+
+import (
+	"os"
+	"testing"
+
+	"margo/engine/conformance"
+)
+
+// testDevice opens the device that the tests run on: the emulator, or what
+// MARGO_CUDA_TEST_DEVICE names ("cuda:0" on a machine with a GPU).
+func testDevice(t *testing.T) *Device {
+	t.Helper()
+	name := os.Getenv("MARGO_CUDA_TEST_DEVICE")
+	if name == "" {
+		name = "emu:0"
+	}
+	d, err := Open(name, Options{Poison: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := d.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return d
+}
+
+// TestConformance runs the table of op cases against the float64 oracle.
+func TestConformance(t *testing.T) {
+	conformance.Run(t, testDevice(t), conformance.Options{Quick: testing.Short()})
+}
