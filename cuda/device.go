@@ -102,6 +102,10 @@ func (d *Device) named(err error) error {
 // Name is "cuda:0" or "emu:0".
 func (d *Device) Name() string { return d.name }
 
+// workingSet lets a whole batch go through the trunk at once: a GPU wants rows by the
+// ten thousand, and its caches hold no layer's activations anyway.
+const workingSet = 4 << 30
+
 // Info describes the device; MemFree is read anew.
 func (d *Device) Info() engine.Info {
 	now := d.info
@@ -109,7 +113,7 @@ func (d *Device) Info() engine.Info {
 		now = d.info
 	}
 	i := engine.Info{Name: d.name, Model: C.GoString(&now.name[0]), Arch: C.GoString(&now.arch[0]), Threads: int(now.sm_count),
-		MemTotal: int64(now.mem_total), MemFree: int64(now.mem_free)}
+		MemTotal: int64(now.mem_total), MemFree: int64(now.mem_free), WorkingSet: workingSet}
 	d.mu.Lock()
 	i.PeakF32, i.PeakBF16, i.PeakMemory = d.peaks[0], d.peaks[1], d.peaks[2]
 	d.mu.Unlock()

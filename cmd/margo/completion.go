@@ -17,7 +17,7 @@ const completeArg = "__complete"
 var values = map[string][]string{
 	"cfg-schedule": {"linear", "constant"},
 	"dtype":        {"f32", "bf16"},
-	"device":       {"cpu", "ref"},
+	"device":       {"cpu", "cuda:0", "emu:0", "ref"},
 	"against":      {"pytorch", "pytorch-eager", "pytorch-tuned"},
 	"format":       bench.Formats,
 	"progress":     {"auto", "bar", "log", "off"},

@@ -5,6 +5,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"margo/cuda"
 	"margo/engine"
 	"margo/engine/plan"
 )
@@ -40,13 +41,29 @@ type deviceLine struct {
 	PeakMemory float64 `json:"peak_memory_bytes_per_second,omitempty"`
 }
 
-// cudaStatus says why there is no CUDA device. margo never links CUDA: a driver
-// is looked for at run time, so that one binary starts everywhere.
-func cudaStatus() string {
-	if !libraryOpens("libcuda.so.1") {
-		return "no CUDA device: libcuda.so.1 not found"
+// cudaDevices opens every CUDA device, or says why there is none. margo never links
+// CUDA: plugin and driver are looked for at run time, so that one binary starts
+// everywhere.
+func cudaDevices() (lines []deviceLine, why string) {
+	n, err := cuda.Count("cuda")
+	if err != nil {
+		return nil, noCUDA + ": " + oneLine(err.Error())
 	}
-	return "no CUDA device: libcuda.so.1 was found, but this build of margo has no CUDA plugin"
+	if n == 0 {
+		return nil, noCUDA + ": the driver shows none"
+	}
+	for i := range n {
+		dev, err := cuda.Open(fmt.Sprintf("cuda:%d", i), cuda.Options{})
+		if err != nil {
+			return lines, oneLine(err.Error())
+		}
+		dev.MeasurePeaks()
+		lines = append(lines, lineOf(dev.Info()))
+		if err := dev.Close(); err != nil {
+			return lines, oneLine(err.Error())
+		}
+	}
+	return lines, ""
 }
 
 func devices(c *cli.Context) error {
@@ -70,17 +87,29 @@ func devices(c *cli.Context) error {
 			return err
 		}
 	}
+	gpus, why := cudaDevices()
+	lines = append(lines, gpus...)
 	if c.Bool("json") {
-		return printJSON(c.App.Writer, map[string]any{"devices": lines, "cuda": cudaStatus()})
+		return printJSON(c.App.Writer, map[string]any{"devices": lines, "cuda": why})
 	}
 	for _, l := range lines {
-		fmt.Fprintf(c.App.Writer, "%-6s %s, %s, %d threads, %s of %s memory free\n", l.Name, l.Model, l.Arch, l.Threads, plan.Size(l.MemFree), plan.Size(l.MemTotal))
+		fmt.Fprintf(c.App.Writer, "%-6s %s, %s, %d %s, %s of %s memory free\n", l.Name, l.Model, l.Arch, l.Threads, units(l.Name), plan.Size(l.MemFree), plan.Size(l.MemTotal))
 		if l.PeakF32 > 0 {
 			fmt.Fprintf(c.App.Writer, "       peak %.0f GFLOP/s f32, %.0f GFLOP/s bf16, %.1f GB/s from memory\n", l.PeakF32/1e9, l.PeakBF16/1e9, l.PeakMemory/1e9)
 		}
 	}
-	fmt.Fprintf(c.App.Writer, "%-6s %s\n", "cuda", cudaStatus())
+	if why != "" {
+		fmt.Fprintf(c.App.Writer, "%-6s %s\n", "cuda", why)
+	}
 	return nil
+}
+
+// units is what a device's Threads counts.
+func units(name string) string {
+	if isCUDA(name) {
+		return "multiprocessors"
+	}
+	return "threads"
 }
 
 func lineOf(i engine.Info) deviceLine {

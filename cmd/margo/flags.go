@@ -15,7 +15,7 @@ import (
 
 // Flags that several commands share.
 func deviceFlag() cli.Flag {
-	return &cli.StringFlag{Name: "device", Value: "cpu", Category: "Machine", Usage: "`NAME`|where to compute: cpu, or ref, the float64 oracle (exact, very slow)"}
+	return &cli.StringFlag{Name: "device", Value: "cpu", Category: "Machine", Usage: "`NAME`|where to compute: cpu, cuda:0 (a GPU), emu:0 (the CUDA kernels on the host: for checks, very slow), or ref, the float64 oracle (exact, very slow)"}
 }
 
 func threadsFlag() cli.Flag {

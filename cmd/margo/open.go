@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"math"
 	"os"
 	"path/filepath"
@@ -10,6 +11,7 @@ import (
 	"github.com/sirupsen/logrus"
 
 	"margo/cpu"
+	"margo/cuda"
 	"margo/engine"
 	"margo/engine/checkpoint"
 	"margo/engine/load"
@@ -26,11 +28,26 @@ func openDevice(name string, threads int) (engine.Device, error) {
 		return cpu.New(cpu.Options{Threads: threads})
 	case name == "ref":
 		return ref.New(ref.Exact), nil
-	case name == "cuda" || strings.HasPrefix(name, "cuda:"):
-		return nil, failf("--device %s: %s", name, cudaStatus())
+	case isCUDA(name):
+		if d, err := cuda.Open(name, cuda.Options{}); err == nil {
+			return d, nil
+		} else if errors.Is(err, engine.Invalid) {
+			return nil, usagef("--device: %w", err)
+		} else {
+			return nil, failf("--device %s: %s: %w", name, noCUDA, err)
+		}
 	}
-	return nil, usagef("--device: %q is not a device; use cpu or ref (margo devices lists them)", name)
+	return nil, usagef("--device: %q is not a device; use cpu, cuda:0, emu:0 or ref (margo devices lists them)", name)
 }
+
+// isCUDA reports whether a device's name is one of package cuda.
+func isCUDA(name string) bool {
+	kind, _, _ := strings.Cut(name, ":")
+	return kind == "cuda" || kind == "emu"
+}
+
+// noCUDA begins the message that says why there is no such device.
+const noCUDA = "no CUDA device"
 
 // openMAR opens a model's file and reads what it says about itself; no weights
 // are loaded yet. Shapes are checked, so what a caller refuses next is refused

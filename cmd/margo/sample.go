@@ -322,7 +322,7 @@ func readSampleFlags(c *cli.Context) (*job, error) {
 	if j.dtype, err = engine.ParseDType(c.String("dtype")); err != nil {
 		return nil, usagef("--dtype: %q is not a dtype; use f32 or bf16", c.String("dtype"))
 	}
-	if d := c.String("device"); d != "cpu" && d != "ref" && !strings.HasPrefix(d, "cuda") {
+	if d := c.String("device"); d != "cpu" && d != "ref" && !isCUDA(d) {
 		_, err := openDevice(d, 0)
 		return nil, err
 	}

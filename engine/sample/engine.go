@@ -119,7 +119,7 @@ func (e *Engine) Run(ctx context.Context, r Request, progress func(Progress), si
 	}
 	start := time.Now()
 	e.parts = Parts{}
-	w := &run{model: e.model, tok: e.tok, opt: e.opt, r: &r, c: c, proc: proc}
+	w := &run{model: e.model, tok: e.tok, opt: e.opt, r: &r, c: c, proc: proc, set: e.dev.Info().WorkingSet}
 	w.clock.on = e.opt.Profile
 	p := newMeter(progress, start, &r, est)
 	for done := 0; done < r.N; {

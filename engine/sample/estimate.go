@@ -46,7 +46,7 @@ func (e *Engine) estimate(r *Request, proc *diffusion.Process) (est Estimate, er
 		return est, err
 	}
 	defer c.Close()
-	w := &run{model: e.model, tok: e.tok, opt: e.opt, r: &dry, c: c, proc: proc}
+	w := &run{model: e.model, tok: e.tok, opt: e.opt, r: &dry, c: c, proc: proc, set: e.dev.Info().WorkingSet}
 	_, err = w.batch(b, func(iter int) {
 		est.iters = append(est.iters, iter)
 		est.perIter = append(est.perIter, float64(dev.Report().Total().FLOPs()))

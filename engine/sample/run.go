@@ -20,6 +20,7 @@ type run struct {
 	c     *engine.Ctx
 	proc  *diffusion.Process
 	clock clock
+	set   int64 // Info.WorkingSet
 }
 
 // clock adds the time between two calls of lap to a part.
@@ -157,7 +158,7 @@ func (w *run) trunk(seqs []mar.Seq, t *tables) *engine.Tensor {
 	}
 	z := c.New(engine.F32, want, m.Config.DecoderEmbedDim)
 	row := 0
-	for _, group := range groups(seqs, groupSize(&m.Config, c.Compute)) {
+	for _, group := range groups(seqs, groupSize(&m.Config, c.Compute, w.set)) {
 		c.Scoped(func() {
 			l := m.NewLayout(c, group)
 			enc := m.Encode(c, m.EncoderInput(c, t.buffers, t.embedded, l), l)
@@ -181,12 +182,16 @@ const (
 	groupRows  = 4096
 )
 
-// groupSize is how many sequences go through the trunk together.
-func groupSize(cfg *mar.Config, d engine.DType) int {
+// groupSize is how many sequences go through the trunk together on a device that is
+// best given set bytes at a time (0: a CPU's cache).
+func groupSize(cfg *mar.Config, d engine.DType, set int64) int {
+	if set == 0 {
+		set = groupBytes
+	}
 	// The residual stream, a normalised copy and the MLP's hidden layer.
 	wide := max(cfg.EncoderEmbedDim, cfg.DecoderEmbedDim)
 	row := wide * (4 + (1+int(math.Ceil(cfg.MLPRatio)))*d.Size())
-	return max(1, max(groupRows, groupBytes/row)/(cfg.BufferSize+cfg.Tokens()))
+	return max(1, max(groupRows, int(set)/row)/(cfg.BufferSize+cfg.Tokens()))
 }
 
 // groups cuts seqs into as few runs of at most n as there can be, of equal size

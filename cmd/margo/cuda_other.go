@@ -1,5 +1,0 @@
-//go:build !cgo || !unix
-
-package main
-
-func libraryOpens(string) bool { return false }
