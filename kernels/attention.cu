@@ -170,18 +170,18 @@ template <class P> struct Strip {
 		for (int kk = 0; kk < P::BN / 16; kk++) {
 			const uint32_t p[4] = {gpu::pack_bf16(s[2 * kk][0], s[2 * kk][1]), gpu::pack_bf16(s[2 * kk][2], s[2 * kk][3]),
 			                       gpu::pack_bf16(s[2 * kk + 1][0], s[2 * kk + 1][1]), gpu::pack_bf16(s[2 * kk + 1][2], s[2 * kk + 1][3])};
+			if constexpr (OT % 2 != 0) { // the odd tile first: what lanes 16 … 31 point at exists, too
+				uint32_t b[2];
+				gpu::ldmatrix_x2_t(b, vrow + kk * 16 * P::PITCH);
+				gpu::mma_bf16(o[0], p, b);
+			}
 #pragma unroll
-			for (int n = 0; n + 1 < OT; n += 2) {
+			for (int n = OT % 2; n < OT; n += 2) {
 				uint32_t b[4];
 				gpu::ldmatrix_x4_t(b, vrow + kk * 16 * P::PITCH + n * 8);
 				const uint32_t b0[2] = {b[0], b[1]}, b1[2] = {b[2], b[3]};
 				gpu::mma_bf16(o[n], p, b0);
 				gpu::mma_bf16(o[n + 1], p, b1);
-			}
-			if constexpr (OT % 2 != 0) {
-				uint32_t b[2];
-				gpu::ldmatrix_x2_t(b, vrow + kk * 16 * P::PITCH + (OT - 1) * 8); // lanes 0 … 15
-				gpu::mma_bf16(o[OT - 1], p, b);
 			}
 		}
 	}
