@@ -14,6 +14,7 @@ type Info struct {
 	PeakF32    float64 // FLOP/s
 	PeakBF16   float64
 	PeakMemory float64 // bytes/s
+	Truncates  bool    // sums of BF16 products are truncated, not rounded to nearest, as tensor cores do
 	WorkingSet int64   // bytes of activations that the device is best given at a time; 0: no preference
 }
 

@@ -13,6 +13,7 @@ struct ConvParams {
 	Weight w;
 	int64_t m, n, k; // output pixels, output channels, taps·cin
 	int32_t x_bf16, whole; // whole: chunks lie in one tap and are aligned
+	int64_t ldx; // elements between pixels
 	int32_t h, wd, ho, wo, cin, kernel, stride, pad_top, pad_left, up;
 	Epilogue e;
 };
@@ -26,14 +27,14 @@ MARGO_DEVICE Pixel pixel_of(const ConvParams &p, int64_t r) {
 	if (r >= p.m) return {0, -(1 << 28), 0};
 	int64_t image = r / (int64_t(p.ho) * p.wo);
 	int32_t in = int32_t(r - image * p.ho * p.wo), oy = in / p.wo, ox = in - oy * p.wo;
-	return {image * p.h * p.wd * p.cin, oy * p.stride - p.pad_top, ox * p.stride - p.pad_left};
+	return {image * p.h * p.wd * p.ldx, oy * p.stride - p.pad_top, ox * p.stride - p.pad_left};
 }
 
 // source finds the element of X that tap t sees at channel c; -1 in the padding.
 MARGO_DEVICE int64_t source(const ConvParams &p, const Pixel &px, int32_t t, int32_t c) {
 	int32_t ky = t / p.kernel, y = px.y + ky, x = px.x + t - ky * p.kernel;
 	if (y < 0 || x < 0 || y >= p.h << p.up || x >= p.wd << p.up) return -1;
-	return px.image + (int64_t(y >> p.up) * p.wd + (x >> p.up)) * p.cin + c;
+	return px.image + (int64_t(y >> p.up) * p.wd + (x >> p.up)) * p.ldx + c;
 }
 
 MARGO_DEVICE float element(const ConvParams &p, const Pixel &px, int64_t k) {
@@ -136,7 +137,7 @@ margo_status op_conv2d(margo_stream *st, const margo_conv2d_args *a) {
 	p.m = a->n * a->ho * a->wo, p.n = a->w.rows, p.k = a->w.cols;
 	if (p.m == 0 || p.n == 0) return MARGO_OK;
 	if (a->h > 1 << 24 || a->wd > 1 << 24) return fail(st->ctx, MARGO_UNSUPPORTED, "conv2d: images of %ld x %ld are too large", long(a->h), long(a->wd));
-	p.x = ptr<void>(a->x), p.x_bf16 = a->x.dtype == MARGO_BF16;
+	p.x = ptr<void>(a->x), p.ldx = a->x.ld, p.x_bf16 = a->x.dtype == MARGO_BF16;
 	const bool tensor = a->w.dtype == MARGO_BF16;
 	int size = tensor ? 2 : 4;
 	p.w = {ptr<void>(a->w), a->w.ld, tensor, aligned(a->w, 16) && a->w.ld * size % 16 == 0};
@@ -144,7 +145,7 @@ margo_status op_conv2d(margo_stream *st, const margo_conv2d_args *a) {
 	p.kernel = a->kernel, p.stride = a->stride, p.pad_top = a->pad_top, p.pad_left = a->pad_left, p.up = a->upsample ? 1 : 0;
 	p.e = make_epilogue(a->bias, 0, {}, 0, a->residual, a->y, MARGO_IDENTITY);
 	// A chunk is 8 elements where the tensor cores take it, 4 else, and is loaded in words of 16 bytes.
-	p.whole = p.cin % (tensor ? 8 : 4) == 0 && a->x.p % 16 == 0 && (tensor || !p.x_bf16);
+	p.whole = p.cin % (tensor ? 8 : 4) == 0 && aligned(a->x, 16) && (tensor || !p.x_bf16);
 	const int64_t sms = st->ctx->prop.multiProcessorCount;
 	auto blocks = [&](int bm, int bn) { return ceil_div(p.m, bm) * ceil_div(p.n, bn); };
 	if (blocks(64, 64) > int64_t(0x7fffffff)) return fail(st->ctx, MARGO_UNSUPPORTED, "conv2d: %ld pixels are too many for one launch", long(p.m));

@@ -189,7 +189,7 @@ typedef struct margo_head_steps_args {
 typedef struct margo_conv2d_args { // NHWC; see engine.Conv2DArgs
 	uint32_t size;
 	int32_t upsample;
-	margo_mat x, w, bias, residual, y; // x, residual and y as matrices of pixels × channels, contiguous
+	margo_mat x, w, bias, residual, y; // x, residual and y as matrices of pixels × channels
 	int64_t n, h, wd, ho, wo;          // images, input height and width, output height and width
 	int32_t kernel, stride, pad_top, pad_left;
 } margo_conv2d_args;

@@ -210,7 +210,10 @@ margo_status alloc(margo_context *c, uint64_t bytes, uint64_t *out) {
 		            double(free) / (1 << 20), double(total) / (1 << 20));
 	}
 	MARGO_TRY(check(c, e, "allocating memory"));
-	if (c->flags & 1) MARGO_TRY(check(c, cudaMemset(p, 0xff, bytes), "filling new memory"));
+	if (c->flags & 1) { // streams don't wait for the default stream, which fills
+		MARGO_TRY(check(c, cudaMemset(p, 0xff, bytes), "filling new memory"));
+		MARGO_TRY(check(c, cudaDeviceSynchronize(), "filling new memory"));
+	}
 	*out = reinterpret_cast<uintptr_t>(p);
 	std::lock_guard<std::mutex> lock(c->mu);
 	c->sizes[*out] = bytes;

@@ -202,7 +202,7 @@ func (c *Case) judge(e *env, memory map[string][]uint32, want map[string]*expect
 		if !a.output {
 			continue
 		}
-		x := want[a.name]
+		x := want[a.name].on(e.dev, c)
 		m, worst, err := x.compare(a.name, max(a.t.Cols(), 1), e.values(a, memory[a.name]), c.exact)
 		if err != nil {
 			r := add(m, err)
