@@ -56,6 +56,11 @@ goldens: peers ## make the tokenizers' golden files with diffusers, taming and L
 	@bench/goldens/setup.sh
 	@PYTHONPATH=.goldens HF_HUB_OFFLINE=1 .peers/bin/python bench/goldens/make.py testdata/goldens
 
+.PHONY: emu
+emu: ## build bin/libmargo_emu.so: the CUDA kernels run and checked on the host
+	@mkdir -p bin
+	@$(MAKE) --no-print-directory -s -C kernels/emu OUT=$(CURDIR)/bin
+
 .PHONY: clean
 clean: ## remove what was built
 	rm -rf bin $(DEMO)

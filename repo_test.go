@@ -29,7 +29,7 @@ func sources(t *testing.T, f func(path string)) {
 			return filepath.SkipDir
 		}
 		switch filepath.Ext(path) {
-		case ".go", ".c", ".h", ".cu", ".cuh", ".py", ".sh":
+		case ".go", ".c", ".h", ".cpp", ".cu", ".cuh", ".py", ".sh":
 			n++
 			f(path)
 		}
@@ -206,7 +206,7 @@ func TestNativeCodeNeverExits(t *testing.T) {
 	bad := regexp.MustCompile(`\b(abort|exit|_exit|assert)\s*\(`)
 	sources(t, func(path string) {
 		switch filepath.Ext(path) {
-		case ".c", ".h", ".cu", ".cuh":
+		case ".c", ".h", ".cpp", ".cu", ".cuh":
 		default:
 			return
 		}

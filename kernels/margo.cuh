@@ -68,6 +68,7 @@ namespace gpu {
 constexpr int emulated = 0;
 inline constexpr char build[] = "CUDA plugin";
 inline const char *report() { return ""; } // what an emulator found wrong
+inline void name_next_launch(const char *) {} // for an emulator's reports
 
 // smem is the block's dynamic shared memory as a T, aligned to 128 bytes (1024 on sm_90a
 // kernels that ask TMA for swizzled tiles align by themselves).

@@ -105,6 +105,7 @@ margo_status open(int32_t ordinal, uint32_t flags, margo_context **out, char *er
 	if ((e = cudaSetDevice(ordinal)) == cudaSuccess && (e = cudaGetDeviceProperties(&c->prop, ordinal)) == cudaSuccess)
 		e = cudaMalloc(reinterpret_cast<void **>(&c->device_error), 256);
 	if (e == cudaSuccess) e = cudaMemset(c->device_error, 0, 256);
+	if (e == cudaSuccess) e = cudaStreamSynchronize(nullptr); // our streams do not wait for the null stream
 	if (e != cudaSuccess) {
 		delete c;
 		return complain(e == cudaErrorMemoryAllocation ? MARGO_OUT_OF_MEMORY : MARGO_DEVICE_FAULT, "opening the device", e);

@@ -72,6 +72,7 @@ template <class... P, class... A>
 margo_status run(margo_stream *st, const char *name, void (*kernel)(P...), dim3 grid, dim3 block, size_t smem, A &&...args) {
 	if (grid.x == 0 || grid.y == 0 || grid.z == 0) return MARGO_OK; // zero rows: nothing to do
 	note_launch(st, name, reinterpret_cast<const void *>(kernel), int(block.x * block.y * block.z), smem);
+	gpu::name_next_launch(name);
 	return check(st->ctx, gpu::launch(kernel, grid, block, smem, st->s, static_cast<A &&>(args)...), name);
 }
 
