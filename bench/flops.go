@@ -11,7 +11,7 @@ import (
 // DecodeFLOPs counts what decoding latents of h×w positions to one image takes,
 // by a dry run. Every implementation computes the same layers.
 func DecodeFLOPs(cfg *checkpoint.KLConfig, h, w int) (float64, error) {
-	k, err := tokenizer.NewKL(cfg, 1, false)
+	k, err := tokenizer.New(cfg, 1, false)
 	if err != nil {
 		return 0, err
 	}

@@ -14,8 +14,10 @@ Traces hold NCHW float32 tensors, as `margo verify` reads them:
     z, decoded_z; mean, decoded_mode                            decoding, KL
     z, decoded_z; codes [N,h,w], decoded_codes                  decoding, VQ: z goes through the codebook first
     tokens [N,L,C·p·p], decoded_tokens                          decoding what a MAR makes (metadata patch_size, latent_scale)
+    orders, iterI.init_noise, iterI.step_noise                  the draws that a MAR made the tokens of
 """
 
+import json
 import math
 import os
 import sys
@@ -50,8 +52,8 @@ def randomize(model, seed):
     with torch.no_grad():
         for name, p in model.named_parameters():
             r = torch.randn(p.shape, generator=g)
-            if "embedding" in name:
-                r *= 0.5  # about as wide as what is quantised
+            if p.ndim == 3 or name in ("quantize.embedding.weight", "class_emb.weight", "fake_latent"):
+                r *= 0.5  # tables: a codebook is about as wide as what it quantises
             elif p.ndim > 1:
                 r /= math.sqrt(p[0].numel())
             elif p.ndim == 1 and name.endswith("weight"):
@@ -105,7 +107,8 @@ class Writer:
 
 
 def kl_trace(encode, decode, seed, n, h, w):
-    """encode gives moments [N,2C,h,w], decode takes latents."""
+    """encode gives moments [N,2C,h,w], decode takes latents. Some hundred latents at least: limits are made of the largest
+    differences, and the largest of few numbers is luck."""
     x = image(seed, n, h, w)
     moments = encode(x)
     mean, logvar = moments.chunk(2, 1)
@@ -123,36 +126,75 @@ def diffusers_trace(model, seed, n, h, w):
     return kl_trace(encode, lambda z: model.decode(z).sample, seed, n, h, w)
 
 
-def unpatchify(tokens, p):
-    """MAR's tokens [N,g·g,c·p·p] as latents [N,c,g·p,g·p]: mar.py unpatchify."""
-    n, length, width = tokens.shape
-    g, c = math.isqrt(length), width // (p * p)
-    return torch.einsum("nhwcpq->nchpwq", tokens.reshape(n, g, g, c, p, p)).reshape(n, c, g * p, g * p)
-
-
 def kl_config(**changes):
     return dict(in_channels=3, out_channels=3, down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
                 block_out_channels=[32, 64, 32], layers_per_block=1, latent_channels=4, norm_num_groups=32, sample_size=32) | changes
 
 
 def make_diffusers(w):
-    """AutoencoderKL as diffusers writes it today (to_q …); latents of 32×32 as MAR's tokens of 2×2 positions (KL-8 of P45)."""
+    """AutoencoderKL as diffusers writes it today (to_q …)."""
     from diffusers import AutoencoderKL
     model = randomize(AutoencoderKL(**kl_config()), 1)
     w.weights("kl_diffusers.safetensors", model.state_dict())
-    w.trace("kl_diffusers_io.safetensors", diffusers_trace(model, 10, 2, 16, 24))
-    patch, scale = 2, 0.5
-    tokens = drawn(20, 1, 256, 4 * patch * patch)
-    w.trace("kl_diffusers_tokens.safetensors", dict(tokens=tokens, decoded_tokens=model.decode(unpatchify(tokens, patch) / scale).sample),
-            patch_size=patch, latent_scale=scale)
+    w.trace("kl_diffusers_io.safetensors", diffusers_trace(model, 10, 2, 32, 48))
+
+
+class Recorded(dict):
+    """Draws of the PyTorch peer (bench/peers/draws.py) that stay on record."""
+
+    def __init__(self, seed):
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def orders(self, images, tokens):
+        self["orders"] = torch.stack([torch.randperm(tokens, generator=self.generator) for _ in range(images)])
+        return self["orders"]
+
+    def initial(self, iteration, rows, channels):
+        self[f"iter{iteration}.init_noise"] = x = torch.randn(rows, channels, generator=self.generator)
+        return x
+
+    def step(self, iteration, step, rows, channels):
+        key, x = f"iter{iteration}.step_noise", torch.randn(rows, channels, generator=self.generator)
+        kept = x[: len(self[f"iter{iteration}.init_noise"])]  # with guidance the second half is never seen
+        self[key] = torch.cat([self.get(key, kept[:0]), kept])
+        return x
+
+
+def make_mar_kl8(w):
+    """A MAR on the 32×32 latents of a KL-8, in tokens of 2×2 positions (P45), from the first draw to pixels: the trunk and
+    head of the PyTorch peer, which is checked against the authors' own goldens, and the autoencoder of diffusers_old."""
+    sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "peers"))
+    from eager import EagerSampler
+    from mar_torch import Clock, Request
+    from model import MAR, resolve_config
+    config = resolve_config(dict(img_size=256, vae_stride=8, patch_size=2, vae_embed_dim=4, encoder_embed_dim=32, encoder_depth=1,
+                                 encoder_num_heads=2, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2, mlp_ratio=2.0,
+                                 class_num=5, buffer_size=4, diffloss_d=1, diffloss_w=32))
+    mar, scale = randomize(MAR(config), 7), 0.5
+    for p in mar.diffloss.net.final_layer.linear.parameters():  # large variances would explode
+        p.copy_((p / 8).bfloat16().float())
+    w.weights("mar_kl8.safetensors", mar.state_dict(), {"kind": "mar", "config": json.dumps(config), "latent_scale": str(scale),
+                                                         "tokenizer": "kl_diffusers_old.safetensors", "iters": "3", "head_steps": "4"})
+    request = Request(1, [3], iters=3, head_steps=4, cfg=2.0, temperature=0.9, max_timestep=600)
+    draws = Recorded(80)
+    tokens = EagerSampler(mar, torch.float32).sample(request, draws, Clock())
+    tokenizer = make_diffusers_old(None)
+    pixels = tokenizer.decode(mar.unpatchify(tokens) / scale).sample
+    w.trace("mar_kl8_run.safetensors", dict(tokens=tokens, decoded_tokens=pixels, **draws), patch_size=2, latent_scale=scale, label=3, iters=3,
+            head_steps=4, cfg=2, cfg_schedule="linear", temperature=0.9, max_timestep=600)
+    if not 0.3 < tokens.std() < 30:
+        sys.exit(f"tokens have a deviation of {tokens.std()}")
 
 
 def make_diffusers_old(w):
-    """The names of diffusers before 0.13 (query, key, value, proj_attn), in which sd-vae-ft-mse and -ema are published.
-    The library itself reads the file back: what it computes then is the golden."""
+    """The names of diffusers before 0.13 (query, key, value, proj_attn), in which sd-vae-ft-mse and -ema are published, with
+    their four levels. The library itself reads the file back: what it computes then is the golden."""
     from diffusers import AutoencoderKL
-    config = kl_config(down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2, block_out_channels=[32, 32])
-    model = randomize(AutoencoderKL(**config), 2)
+    config = kl_config(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, block_out_channels=[32] * 4)
+    model = randomize(AutoencoderKL(**config), 42)
+    if w is None:
+        return model
     old = {}
     for name, v in model.state_dict().items():
         for new, was in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
@@ -165,7 +207,7 @@ def make_diffusers_old(w):
         read = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, low_cpu_mem_usage=False).eval()
     for name, v in model.state_dict().items():
         assert torch.equal(v, read.state_dict()[name]), name
-    w.trace("kl_diffusers_old_io.safetensors", diffusers_trace(read, 30, 1, 16, 16))
+    w.trace("kl_diffusers_old_io.safetensors", diffusers_trace(read, 30, 2, 64, 64))
 
 
 def make_diffusers_bare(w):
@@ -174,7 +216,7 @@ def make_diffusers_bare(w):
     model = randomize(AutoencoderKL(**kl_config(down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
                                                 block_out_channels=[32, 32], latent_channels=16, use_quant_conv=False, use_post_quant_conv=False)), 3)
     w.weights("kl_diffusers_bare.safetensors", model.state_dict())
-    w.trace("kl_diffusers_bare_io.safetensors", diffusers_trace(model, 40, 1, 8, 16))
+    w.trace("kl_diffusers_bare_io.safetensors", diffusers_trace(model, 40, 1, 32, 48))
 
 
 def dd_config(**changes):
@@ -187,7 +229,7 @@ def make_kl_ldm(w):
     from ldm.models.autoencoder import AutoencoderKL
     model = randomize(AutoencoderKL(dd_config(double_z=True), dict(target="torch.nn.Identity"), embed_dim=4), 4)
     w.weights("kl_ldm.safetensors", model.state_dict())
-    w.trace("kl_ldm_io.safetensors", kl_trace(lambda x: model.encode(x).parameters, model.decode, 50, 1, 32, 16))
+    w.trace("kl_ldm_io.safetensors", kl_trace(lambda x: model.encode(x).parameters, model.decode, 50, 2, 48, 32))
 
 
 def margin(t, codebook):

@@ -80,7 +80,9 @@ func (j *benchJob) subject(name string) (*subject, error) {
 			if err := j.peersRead(s.tok.file); err != nil {
 				return nil, err
 			}
-			s.kl = s.tok.info.KL
+			if s.kl = s.tok.info.KL; len(j.modes) > 0 && (s.kl.NEmbed > 0 || s.kl.NoQuantConv) {
+				return nil, usagef("%s: --against has KL tokenizers with quant_conv only; leave out --decode", s.tok.path)
+			}
 		}
 	}
 	p := &s.info.Sampling
@@ -121,10 +123,13 @@ func (j *benchJob) subject(name string) (*subject, error) {
 
 // peersRead refuses, before any work, a file that --against cannot load.
 func (j *benchJob) peersRead(f *checkpoint.File) error {
-	if len(j.modes) == 0 || f.Format() == "safetensors" {
+	if len(j.modes) == 0 || f.Format() == "safetensors" && f.Layout() == "" {
 		return nil
 	}
 	out := strings.TrimSuffix(f.Path(), filepath.Ext(f.Path())) + ".safetensors"
+	if f.Layout() != "" {
+		return usagef("%s has the names of %s, and --against reads LDM's; convert it first: margo convert %s OUT.safetensors", f.Path(), f.Layout(), f.Path())
+	}
 	return usagef("%s is a PyTorch file, and --against reads safetensors only; convert it first: margo convert %s %s", f.Path(), f.Path(), out)
 }
 
@@ -148,7 +153,7 @@ func (j *benchJob) margo(s *subject, d engine.DType) (*bench.Margo, error) {
 	var tok tokenizer.Tokenizer
 	scale := 1.0
 	if s.kl != nil && (s.kind == checkpoint.KindKL || s.work.Decode) {
-		k, err := tokenizer.NewKL(s.kl, 1, false)
+		k, err := tokenizer.New(s.kl, 1, false)
 		if err != nil {
 			return nil, err
 		}

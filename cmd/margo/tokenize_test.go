@@ -257,3 +257,37 @@ func TestDecodeHostileNames(t *testing.T) {
 		t.Errorf("%v", got)
 	}
 }
+
+// A MAR of tokens of 2×2 positions on the latents of a KL-8 in diffusers' layout
+// (P45) makes images, and refuses tokenizers of other latents.
+func TestSampleKL8(t *testing.T) {
+	dir := t.TempDir()
+	at := func(name string) string { return filepath.Join(dir, name) }
+	run := []string{"sample", "--model", goldens + "mar_kl8.safetensors", "-n", "1", "--max-timestep", "600", "--quiet"}
+	ok(t, append(run, "--out", at("a.png"))...)
+	if img := pixels(t, at("a.png")); img.W != 256 || img.H != 256 {
+		t.Errorf("%d×%d pixels", img.W, img.H)
+	}
+	if p := parameters(t, at("a.png")); p["tokenizer"] != "kl_diffusers_old.safetensors" || p["latent_scale"] != 0.5 {
+		t.Errorf("%v", p)
+	}
+	code, _, msg := margo(append(run, "--tokenizer", vqTaming, "--out", at("b.png"))...)
+	if code != 2 || !strings.Contains(msg, "latents of 16 channels at stride 2, the model") || !strings.Contains(msg, "wants 4 at stride 8") {
+		t.Errorf("exit %d: %s", code, msg)
+	}
+	d := inspectJSON(t, goldens+"mar_kl8.safetensors")
+	if d.Config["patch_size"] != 2.0 || d.Config["vae_stride"] != 8.0 {
+		t.Errorf("%+v", d.Config)
+	}
+	d = inspectJSON(t, vqTaming)
+	if d.Kind != "vq" || d.Config["n_embed"] != 128.0 || len(d.Parts) != 3 || d.Parts[2] != (part{"codebook", 2048}) {
+		t.Errorf("%+v", d)
+	}
+	if out := ok(t, "inspect", diffusers, "--tensors"); !strings.Contains(out, "layout         diffusers") || !strings.Contains(out, "decoder.mid_block.attentions.0.to_out.0.bias") {
+		t.Error(out)
+	}
+	out := ok(t, "convert", goldens+"kl_diffusers_old.safetensors", at("k.safetensors"))
+	if d := inspectJSON(t, at("k.safetensors")); !strings.Contains(out, "diffusers' 0.18215 is assumed") || d.Scale != 0.18215 || d.Kind != "kl" {
+		t.Errorf("%s%+v", out, d)
+	}
+}

@@ -51,7 +51,7 @@ func TestTokenizerGoldens(t *testing.T) {
 		ignored      int
 	}{
 		"kl_diffusers.safetensors":      {LayoutDiffusers, KindKL, KLConfig{ChMult: []int{1, 2, 1}, ZChannels: 4, EmbedDim: 4}, 0},
-		"kl_diffusers_old.safetensors":  {LayoutDiffusers, KindKL, KLConfig{ChMult: []int{1, 1}, ZChannels: 4, EmbedDim: 4}, 0},
+		"kl_diffusers_old.safetensors":  {LayoutDiffusers, KindKL, KLConfig{ChMult: []int{1, 1, 1, 1}, ZChannels: 4, EmbedDim: 4}, 0},
 		"kl_diffusers_bare.safetensors": {LayoutDiffusers, KindKL, KLConfig{ChMult: []int{1, 1}, ZChannels: 16, EmbedDim: 16, NoQuantConv: true}, 0},
 		"kl_ldm.safetensors":            {"", KindKL, KLConfig{ChMult: []int{2, 1}, ZChannels: 8, EmbedDim: 4, EncoderAttn: []int{1}, DecoderAttn: []int{1}}, 0},
 		"vq_ldm.safetensors":            {"", KindVQ, KLConfig{ChMult: []int{2, 1}, ZChannels: 4, EmbedDim: 8, EncoderAttn: []int{1}, DecoderAttn: []int{1}, NEmbed: 256}, 0},

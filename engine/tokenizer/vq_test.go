@@ -119,8 +119,8 @@ func TestLibraries(t *testing.T) {
 // KL-8 with tokens of 2×2 latent positions (P45): the authors' order of columns,
 // through the library's decoder.
 func TestGroupedTokens(t *testing.T) {
-	tok, c := bound(t, "kl_diffusers.safetensors", ref.New(ref.Rounded), engine.F32)
-	io := golden(t, "kl_diffusers_tokens.safetensors")
+	tok, c := bound(t, "kl_diffusers_old.safetensors", ref.New(ref.Rounded), engine.F32)
+	io := golden(t, "mar_kl8_run.safetensors")
 	info, _ := io.Tensor("tokens")
 	v := make([]float32, info.Elems())
 	if err := io.ReadF32("tokens", v); err != nil {

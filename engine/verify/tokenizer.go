@@ -76,6 +76,9 @@ func (v *verifier) tokenizer() error {
 	r := &tokens{v: v, cfg: cfg}
 	f := cfg.Stride()
 	var checks []check
+	if v.t.has("moments") && cfg.NEmbed > 0 {
+		return v.t.unknown("the trace is of a KL tokenizer, the model is a VQ one")
+	}
 	if v.t.has("moments") {
 		img, s := r.sized("image", cfg.InChannels, f)
 		latent := func(name string, channels int) data { return r.get(name, s[0], channels, s[2]/f, s[3]/f) }
