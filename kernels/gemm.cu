@@ -4,11 +4,13 @@
 // 128×256, 128×128, 64×64 and 32×32. F32 weights: fma, tiles of 128×128 and 64×64. The tile is
 // chosen by how many blocks it gives, and does not change a bit of the result (gemm.cuh).
 //
-// Operands that are not aligned to 16 bytes, and F32 rows that meet BF16 weights, are loaded
+// Hopper multiplies what is aligned by kernels of its own (gemm_sm90a.cuh). Here
+// operands that are not aligned to 16 bytes, and F32 rows that meet BF16 weights, are loaded
 // element by element and converted on the way to shared memory.
 #include <cstdlib>
 
 #include "gemm.cuh"
+#include "gemm_sm90a.cuh"
 
 namespace {
 
@@ -104,6 +106,14 @@ Epilogue make_epilogue(const margo_mat &bias, int64_t n0, const margo_mat &gate,
 }
 
 margo_status op_gemm(margo_stream *st, const margo_gemm_args *a) {
+	if (gemm_sm90a_serves(st->ctx, a)) {
+		margo_status s = gemm_sm90a(st, a);
+		if (s != MARGO_UNSUPPORTED) return s;
+	}
+	return gemm_mma(st, a);
+}
+
+margo_status gemm_mma(margo_stream *st, const margo_gemm_args *a) {
 	GemmParams p{};
 	p.m = a->y.rows, p.n = a->y.cols, p.k = a->w.cols;
 	if (p.m == 0 || p.n == 0) return MARGO_OK;

@@ -283,3 +283,6 @@ MARGO_DEVICE void store_tile_f32(float (&acc)[BM / 16][BN / 16], const Epilogue 
 
 // make_epilogue describes an epilogue whose columns begin at row n0 of W (the bias's index).
 Epilogue make_epilogue(const margo_mat &bias, int64_t n0, const margo_mat &gate, int64_t gate_rows, const margo_mat &residual, const margo_mat &y, int act);
+
+// gemm_mma is op_gemm without the paths of single architectures.
+margo_status gemm_mma(margo_stream *, const margo_gemm_args *);
