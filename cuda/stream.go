@@ -202,17 +202,16 @@ func (s *Stream) Wait(x engine.Event) error {
 	return s.dev.status("wait", C.m_event_wait(s.dev.p.api, s.s, e.e))
 }
 
-// Milliseconds is the device's time between two events of one device; it waits for
+// Seconds is the device's time since an earlier event of the same device; it waits for
 // both.
-func Milliseconds(from, to engine.Event) (float64, error) {
-	a, ok1 := from.(*event)
-	b, ok2 := to.(*event)
-	if !ok1 || !ok2 || a.e == nil || b.e == nil || a.dev != b.dev {
-		return 0, engine.Errorf("elapsed", engine.Invalid, "events are closed or of different devices")
+func (e *event) Seconds(since engine.Event) (float64, error) {
+	from, ok := since.(*event)
+	if !ok || from.e == nil || e.e == nil || from.dev != e.dev {
+		return 0, e.dev.errorf("elapsed", engine.Invalid, "events are closed or of different devices")
 	}
 	var ms C.float
-	err := a.dev.status("elapsed", C.m_event_elapsed(a.dev.p.api, a.e, b.e, &ms))
-	return float64(ms), err
+	err := e.dev.status("elapsed", C.m_event_elapsed(e.dev.p.api, from.e, e.e, &ms))
+	return float64(ms) / 1e3, err
 }
 
 // graph is engine.Graph.

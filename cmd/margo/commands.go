@@ -12,6 +12,7 @@ var commands = []func() *cli.Command{
 	benchCommand,
 	inspectCommand,
 	convertCommand,
+	selftestCommand,
 	devicesCommand,
 	completionCommand,
 }

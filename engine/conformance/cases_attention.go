@@ -20,6 +20,7 @@ type attention struct {
 	nan       bool
 	bench     bool
 	large     bool
+	huge      bool
 }
 
 func (a attention) cases() *Case {
@@ -33,7 +34,7 @@ func (a attention) cases() *Case {
 	if a.note != "" {
 		s += " " + a.note
 	}
-	return &Case{Name: s, Op: engine.OpAttention, DType: a.d, Bench: a.bench || a.large, Large: a.large, exact: a.exact, build: a.build}
+	return &Case{Name: s, Op: engine.OpAttention, DType: a.d, Bench: a.bench || a.large, Large: a.large, Huge: a.huge, exact: a.exact, build: a.build}
 }
 
 // offsets are where sequences of these lengths start, after skip rows that
@@ -135,6 +136,12 @@ func attentionCases() (cs []*Case) {
 		add(attention{heads: 1, dh: 512, q: []int{256}, k: []int{256}, d: d, bench: true, note: "tokenizer"})
 		full := []int{320, 320, 320, 320, 320, 320, 320, 320}
 		add(attention{heads: 12, dh: 64, q: full, k: full, d: d, large: true, note: "trunk, 4 images"})
+		huge := make([]int, 64)
+		for i := range huge {
+			huge[i] = 320
+		}
+		add(attention{heads: 12, dh: 64, q: huge, k: huge, d: d, large: true, huge: true, note: "trunk, 32 images"})
+		add(attention{heads: 16, dh: 80, q: huge, k: huge, d: d, large: true, huge: true, note: "MAR-H, 32 images"})
 		add(attention{heads: 16, dh: 80, q: []int{320, 320}, k: []int{320, 320}, d: d, large: true, note: "MAR-H"})
 	}
 	return cs

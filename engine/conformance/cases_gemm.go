@@ -25,6 +25,7 @@ type gemm struct {
 	raw      bool // an F32 X for a BF16 W that has to be rounded
 	bench    bool
 	large    bool
+	huge     bool
 }
 
 func (g gemm) name() string {
@@ -42,7 +43,7 @@ func (g gemm) name() string {
 }
 
 func (g gemm) cases() *Case {
-	return &Case{Name: g.name(), Op: engine.OpGemm, DType: g.w, Bench: g.bench || g.large, Large: g.large, exact: g.exact, build: g.build}
+	return &Case{Name: g.name(), Op: engine.OpGemm, DType: g.w, Bench: g.bench || g.large, Large: g.large, Huge: g.huge, exact: g.exact, build: g.build}
 }
 
 func (g gemm) build(e *env) work {
@@ -178,6 +179,19 @@ func gemmCases() (cs []*Case) {
 			{m: 1280, n: 4096, k: 1024, y: w, act: engine.GELUErf, note: "MAR-L fc1, 4 images"},
 		} {
 			l.x, l.w, l.bias, l.large = w, w, true, true
+			add(l)
+		}
+		for _, l := range []gemm{
+			{m: 20480, n: 2304, k: 768, y: w, note: "trunk qkv, 32 images"},
+			{m: 20480, n: 768, k: 768, y: f32, residual: 2, note: "trunk proj, 32 images"},
+			{m: 20480, n: 3072, k: 768, y: w, act: engine.GELUErf, note: "trunk fc1, 32 images"},
+			{m: 20480, n: 768, k: 3072, y: f32, residual: 2, note: "trunk fc2, 32 images"},
+			{m: 512, n: 1024, k: 1024, y: w, act: engine.SiLU, note: "head fc1, 64 images"},
+			{m: 512, n: 1024, k: 1024, y: f32, gateRows: 1, residual: 2, note: "head fc2, 64 images"},
+			{m: 5120, n: 20480, k: 1024, y: f32, note: "head modulations, 64 images"},
+			{m: 4096, n: 4096, k: 4096, y: w, note: "square"},
+		} {
+			l.x, l.w, l.bias, l.large, l.huge = w, w, true, true, true
 			add(l)
 		}
 	}

@@ -22,7 +22,7 @@ type headCase struct {
 	unpacked               bool
 	scratch                int
 	nan                    bool
-	bench, large           bool
+	bench, large, huge     bool
 	note                   string
 }
 
@@ -43,7 +43,7 @@ func (h headCase) cases() *Case {
 	if h.note != "" {
 		name += " " + h.note
 	}
-	return &Case{Name: name, Op: engine.OpHeadSteps, DType: h.d, Bench: h.bench || h.large, Large: h.large, build: h.build}
+	return &Case{Name: name, Op: engine.OpHeadSteps, DType: h.d, Bench: h.bench || h.large, Large: h.large, Huge: h.huge, build: h.build}
 }
 
 func (h headCase) build(e *env) work {
@@ -183,6 +183,9 @@ func headCases() (cs []*Case) {
 		add(headCase{n: 4, c: 16, w: 1024, blocks: 1, steps: 2, d: d, guidance: true, bench: true, note: "MAR-B width"})
 		for _, n := range []int{1, 4, 16, 64} {
 			add(headCase{n: n, c: 16, w: 1024, blocks: 6, steps: 10, d: d, guidance: true, exactFirst: 1, large: true, note: "MAR-B"})
+		}
+		for _, n := range []int{4, 256, 1024} {
+			add(headCase{n: n, c: 16, w: 1024, blocks: 6, steps: 100, d: d, guidance: true, large: true, huge: true, note: "MAR-B"})
 		}
 	}
 	return cs

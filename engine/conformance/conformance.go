@@ -3,6 +3,7 @@ package conformance
 import (
 	"errors"
 	"fmt"
+	"sync/atomic"
 	"time"
 
 	"margo/engine"
@@ -14,8 +15,9 @@ type Case struct {
 	Op    engine.Op
 	DType engine.DType // the one that Device.Supports is asked for
 	Bench bool         // a shape of a real model, worth timing
-	// Large is a case too big for the oracle; it is only timed.
-	Large bool
+	// Large is a case too big for the oracle; it is only timed. Huge ones are timed only
+	// where a device asks for a large working set: they fill a GPU.
+	Large, Huge bool
 
 	exact bool // integers: one right result
 	build func(*env) work
@@ -43,10 +45,26 @@ func Check(dev engine.Device, opt Options) *Report {
 			}
 		}
 	}
+	var wanted []*Case
 	for _, c := range Cases() {
 		if opt.want(c) {
-			add(c.Check(dev)...)
+			wanted = append(wanted, c)
 		}
+	}
+	results := make([]chan []Result, len(wanted)) // in the table's order, whoever is first
+	for i := range results {
+		results[i] = make(chan []Result, 1)
+	}
+	var next atomic.Int64
+	for range max(opt.Workers, 1) {
+		go func() {
+			for i := next.Add(1) - 1; i < int64(len(wanted)); i = next.Add(1) - 1 {
+				results[i] <- wanted[i].Check(dev)
+			}
+		}()
+	}
+	for _, r := range results {
+		add(<-r...)
 	}
 	for _, c := range systemChecks {
 		if opt.match("system/" + c.name) {

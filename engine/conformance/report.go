@@ -57,6 +57,9 @@ func (r Result) String() string {
 type Options struct {
 	Match *regexp.Regexp // of case names; nil: all
 	Quick bool           // leave out the shapes of real models, which take most of the time
+	// Workers is how many cases Check runs at the same time, on streams of their own; 0 is
+	// 1. The oracle is what takes the time.
+	Workers int
 	// OnResult, if not nil, is told every result as it is found.
 	OnResult func(Result)
 }
