@@ -17,6 +17,7 @@ const char *name_of(Op op) {
 	case Op::mma_k8: return "mma";
 	case Op::ldmatrix:
 	case Op::ldmatrix_t: return "ldmatrix";
+	case Op::call: return "an instruction of warpgroups";
 	}
 	return "a collective";
 }
@@ -125,6 +126,7 @@ void collective(Op op, uint32_t mask, void *arg, const char *file, int line) {
 	case Op::mma_k8: mma<8>(m.arg); break;
 	case Op::ldmatrix: load_matrices(m.arg, false); break;
 	case Op::ldmatrix_t: load_matrices(m.arg, true); break;
+	case Op::call: (*static_cast<const std::function<void()> *>(arg))(); break;
 	}
 	wake(&w, mask);
 }

@@ -59,9 +59,10 @@ inline void check_aligned(const void *p, int bytes, const char *file, int line) 
 	if (reinterpret_cast<uintptr_t>(p) % unsigned(bytes) && current) [[unlikely]] misaligned(p, bytes, file, line);
 }
 
-enum class Op : uint8_t { sync, shuffle, ballot, any, all, mma, mma_k8, ldmatrix, ldmatrix_t };
+enum class Op : uint8_t { sync, shuffle, ballot, any, all, mma, mma_k8, ldmatrix, ldmatrix_t, call };
 
-// collective meets the other lanes of mask; the last one to come executes op for all.
+// collective meets the other lanes of mask; the last one to come executes op for all
+// (call: its own arg, a std::function).
 void collective(Op op, uint32_t mask, void *arg, const char *file, int line);
 void barrier(int id, int count, const char *file, int line);
 void barrier_arrive(int id, int count, const char *file, int line);

@@ -135,6 +135,7 @@ int next_warp(Group *g, int start) {
 Fiber *pick(Group *g, int start) {
 	if (g->run->seed && next_random(g) % 4 == 0) start = int(next_random(g) % g->warps.size());
 	int w = next_warp(g, start);
+	while (w < 0 && deliver_late(g)) w = next_warp(g, start);
 	return w < 0 ? nullptr : lane_of(g, &g->warps[size_t(w)], g->warps[size_t(w)].ready);
 }
 
@@ -219,7 +220,7 @@ void thread_main() {
 		f->done = true;
 		f->warp->live &= ~(1u << f->lane);
 		sleep_lane(f->warp, f->lane);
-		f->block_of->live--;
+		if (--f->block_of->live == 0) check_block_exit(f->block_of);
 		g->live--;
 		g->idle = 0;
 		Fiber *next = g->live ? pick(g, f->warp->number) : nullptr;
@@ -270,6 +271,7 @@ void spin(const char *file, int line) {
 	Group *g = group;
 	if (g->run->failed.load(std::memory_order_relaxed)) leave_group(f); // a block of another worker failed
 	f->what = "a polling loop", f->file = file, f->line = line;
+	if (g->idle % 256 == 255) deliver_late(g);
 	if (++g->idle > 20000 + 256 * uint64_t(g->live)) {
 		bool alone = g->blocks.size() == 1 && g->run->launch->grid.x * uint64_t(g->run->launch->grid.y) * g->run->launch->grid.z > 1;
 		fail(cudaErrorLaunchTimeout, file, line, "deadlock: polling for what never comes%s; live threads:%s",
@@ -356,6 +358,8 @@ void run_blocks(Group *g, Run *run, uint64_t first, int count) {
 		k.smem = g->memory[size_t(b)];
 		memset(k.smem, 0xff, l.smem + zone);
 		memset(k.barriers, 0, sizeof k.barriers);
+		k.tma.clear(), k.sleepers.clear();
+		for (auto &log : k.wgmma_log) log.clear();
 		for (int w = 0; w < warps; w++) {
 			Warp &x = k.first[w];
 			int lanes = threads - w * 32;
@@ -364,6 +368,7 @@ void run_blocks(Group *g, Run *run, uint64_t first, int count) {
 			x.block = &k;
 			x.lanes = &g->fibers[size_t(x.number) * 32];
 			for (auto &m : x.meetings) m.arrived = 0;
+			x.products.clear(), x.commits.clear(), x.issued = 0, x.fenced = false;
 			g->ready[size_t(x.number) / 64] |= 1ull << (x.number % 64);
 			for (int n = 0; n < 32 && n < lanes; n++) {
 				Fiber &f = x.lanes[n];
@@ -373,7 +378,7 @@ void run_blocks(Group *g, Run *run, uint64_t first, int count) {
 				f.smem = k.smem, f.smem_bytes = l.smem;
 				f.lane = n, f.warp = &x, f.block_of = &k;
 				f.stack = nullptr, f.done = false, f.what = nullptr, f.file = nullptr, f.line = 0;
-				f.copies.clear(), f.commits.clear(), f.committed = 0;
+				f.copies.clear(), f.commits.clear(), f.committed = 0, f.products = 0;
 			}
 		}
 	}

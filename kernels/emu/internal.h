@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "emu.h"
+#include "sm90.h"
 
 namespace emu {
 
@@ -69,6 +69,7 @@ struct Fiber : Thread {
 	std::vector<Copy> copies;
 	std::vector<uint32_t> commits; // copies of each group, counted from the oldest
 	uint32_t committed; // copies that belong to a group
+	uint32_t products;  // wgmma that it took part in
 };
 
 struct Meeting { // of lanes at a collective
@@ -79,12 +80,40 @@ struct Meeting { // of lanes at a collective
 	void *arg[32];
 };
 
+struct Wgmma { // of a warp, under way
+	uint64_t a, b;
+	int n;
+	bool accumulate;
+	float *d[32];
+	std::vector<float> value; // of the accumulators, by lane; empty while an earlier product into them is under way
+};
+
+struct Tma { // a copy under way
+	char *dst;
+	CUtensorMap map;
+	int x, y;
+	uint64_t *barrier;
+};
+
+struct Sleeper { // at an mbarrier
+	const void *at;
+	Fiber *fiber;
+};
+
+struct Operands {
+	uint64_t a, b;
+};
+
 struct Warp {
 	uint32_t ready, live, exists;
 	int number; // in the group
 	Block *block;
 	Fiber *lanes;
 	Meeting meetings[32]; // by the lowest lane of the mask
+	std::vector<Wgmma> products;
+	std::vector<uint32_t> commits; // products of each group
+	uint32_t issued; // products
+	bool fenced;
 };
 
 struct Barrier {
@@ -100,6 +129,9 @@ struct Block {
 	Warp *first;
 	char *smem;
 	Barrier barriers[16];
+	std::vector<Tma> tma;
+	std::vector<Sleeper> sleepers;
+	std::vector<Operands> wgmma_log[8]; // products of each warpgroup
 };
 
 // Group is the blocks whose threads are alive at the same time on one worker.
@@ -131,6 +163,8 @@ void wake(Warp *, uint32_t lanes);
 inline bool woken(const Fiber *f) { return f->warp->ready >> f->lane & 1; }
 uint32_t next_random(Group *);
 
+bool deliver_late(Group *); // makes a copy of TMA arrive
+void check_block_exit(Block *);
 void thread_exits(Fiber *); // checks what a thread leaves behind
 void check_shared(const void *p, size_t bytes, unsigned align, const char *what, const char *file, int line);
 void check_global(const void *p, size_t bytes, const char *what, const char *file, int line);
