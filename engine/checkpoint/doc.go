@@ -1,5 +1,6 @@
 // Package checkpoint reads and writes the weights of models, and knows what the
-// checkpoints of MAR and of the KL tokenizer contain.
+// checkpoints of MAR and of KL and VQ tokenizers contain. diffusers' names are
+// translated to LDM's when a file is opened.
 //
 // Two containers are read through one type, File: safetensors, and the zip
 // archives that torch.save writes (.pth, .pt, .ckpt). Which one a file is is

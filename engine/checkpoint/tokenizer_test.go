@@ -254,3 +254,24 @@ func TestTokenizerConfigs(t *testing.T) {
 		}
 	}
 }
+
+// FuzzDiffusersNames: a translated name is translated back, whatever it is.
+func FuzzDiffusersNames(f *testing.F) {
+	for _, name := range []string{"encoder.down_blocks.1.resnets.0.conv_shortcut.weight", "decoder.up_blocks.0.upsamplers.0.conv.bias",
+		"decoder.mid_block.attentions.0.to_out.0.weight", "encoder.mid_block.resnets.1.norm1.bias", "decoder.conv_norm_out.weight",
+		"encoder.down_blocks.2.attentions.0.group_norm.bias", "quant_conv.weight", "decoder.up_blocks.9.resnets", "encoder..", "decoder.up_blocks.-1.resnets.0.x"} {
+		f.Add(name, 3)
+	}
+	f.Fuzz(func(t *testing.T, name string, levels int) {
+		levels = levels & 15
+		to := fromDiffusers(name, levels)
+		toDiffusers(name, levels, false)
+		if to == name {
+			return
+		}
+		back := toDiffusers(to, levels, false)
+		if again := fromDiffusers(back, levels); again != to {
+			t.Errorf("%q is %q, that %q, and that %q", name, to, back, again)
+		}
+	})
+}

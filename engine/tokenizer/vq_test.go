@@ -2,12 +2,14 @@ package tokenizer
 
 import (
 	"errors"
+	"fmt"
 	"math"
 	"math/rand"
 	"strings"
 	"testing"
 	"time"
 
+	"margo/cpu"
 	"margo/engine"
 	"margo/engine/checkpoint"
 	"margo/engine/load"
@@ -135,7 +137,7 @@ func TestGroupedTokens(t *testing.T) {
 }
 
 // fakeVQ is a VQ tokenizer with the given codebook, on a device.
-func fakeVQ(t *testing.T, dev engine.Device, codes []float32, ch int) (*VQ, *engine.Ctx) {
+func fakeVQ(t testing.TB, dev engine.Device, codes []float32, ch int) (*VQ, *engine.Ctx) {
 	t.Helper()
 	cfg := &checkpoint.KLConfig{Ch: 32, ChMult: []int{1}, NumResBlocks: 1, InChannels: 3, OutChannels: 3, ZChannels: ch, EmbedDim: ch, NEmbed: len(codes) / ch}
 	v, err := NewVQ(cfg, 1, false)
@@ -343,5 +345,34 @@ func TestPlanVQ16(t *testing.T) {
 	}
 	if peak := c.Arena.Peak(); peak < 256*16384*4 || peak > 100<<20 {
 		t.Errorf("decoding takes %s of activations", plan.Size(int64(peak)))
+	}
+}
+
+// The search of one 256×256 image's 16×16 positions in the published codebooks.
+func BenchmarkNearest(b *testing.B) {
+	dev, err := cpu.New(cpu.Options{})
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer dev.Close()
+	for _, ch := range []int{8, 256} {
+		b.Run(fmt.Sprintf("16384x%d", ch), func(b *testing.B) {
+			rng := rand.New(rand.NewSource(1))
+			normal := func(n int) []float32 {
+				v := make([]float32, n)
+				for i := range v {
+					v[i] = float32(rng.NormFloat64())
+				}
+				return v
+			}
+			v, c := fakeVQ(b, dev, normal(16384*ch), ch)
+			z := c.F32(normal(256*ch), 1, 16, 16, ch)
+			for b.Loop() {
+				v.Nearest(c, z)
+			}
+			if c.Err() != nil {
+				b.Fatal(c.Err())
+			}
+		})
 	}
 }
