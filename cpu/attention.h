@@ -8,11 +8,11 @@
 #define MC_ATT_ROWS 28 // queries at a time: two blocks of the largest micro-kernel; 320 scores each take 36 KiB
 
 // struct mc_att_layout: packed K and V, rows of Q, scores, their bf16
-// exponentials and a tile of O, at these offsets in bytes; row strides in
-// elements.
+// exponentials, a tile of O, and K and V of a paged cache in one piece, at these
+// offsets in bytes; row strides in elements.
 struct mc_att_layout {
 	int64_t ldq, lds, ldp;
-	size_t k, v, q, s, p, t, end;
+	size_t k, v, q, s, p, t, gk, gv, end;
 };
 
 static inline struct mc_att_layout mc_att_layout(const struct mc_attention *a) {
@@ -28,7 +28,10 @@ static inline struct mc_att_layout mc_att_layout(const struct mc_attention *a) {
 	l.s = l.q + (size_t)(MC_ATT_ROWS * l.ldq * 4);
 	l.p = l.s + (size_t)(MC_ATT_ROWS * l.lds * 4);
 	l.t = l.p + (dt == MC_BF16 ? (size_t)(MC_ATT_ROWS * l.ldp * 2) : 0);
-	l.end = l.t + MC_ATT_ROWS * MC_NR * 4;
+	l.gk = l.t + MC_ATT_ROWS * MC_NR * 4;
+	size_t gathered = a->blocks ? (size_t)mc_ceil(a->max_k * a->dh * (dt == MC_BF16 ? 2 : 4), MC_LINE) * MC_LINE : 0;
+	l.gv = l.gk + gathered;
+	l.end = l.gv + gathered;
 	return l;
 }
 

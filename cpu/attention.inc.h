@@ -53,7 +53,7 @@ V_INLINE void att_mul(const int dt, int64_t m, int64_t k, const void *a, int64_t
 struct att_seq {
 	const char *q, *k, *v; // first row, first column of the head
 	char *o;
-	int64_t nq, nk;
+	int64_t nq, nk, ldk, ldr; // strides of rows of k and of v
 	const void *vp[512 / MC_NR]; // panels of V
 	int64_t ldv;
 };
@@ -77,21 +77,21 @@ V_INLINE void att_pack(const int dt, const struct mc_attention *a, struct att_se
 	int64_t dh = a->dh;
 	for (int64_t j = 0; j < h->nk; j += MC_NR, k += mc_panel_bytes(dt, dh)) {
 		int64_t n = mc_min(MC_NR, h->nk - j);
-		att_pack_k(dt, k, h->k + j * a->k.ld * es, a->k.ld, n, dh);
+		att_pack_k(dt, k, h->k + j * h->ldk * es, h->ldk, n, dh);
 	}
-	h->ldv = in_place ? a->v.ld : MC_NR;
+	h->ldv = in_place ? h->ldr : MC_NR;
 	for (int64_t d = 0; d < dh; d += MC_NR, v += mc_panel_bytes(dt, h->nk)) {
 		const char *src = AT(h->v, d * es);
 		int64_t n = mc_min(MC_NR, dh - d);
 		h->vp[d / MC_NR] = in_place ? src : v;
 		if (in_place) continue;
 		if (dt == MC_BF16) {
-			pack_kn_bf16((uint32_t *)v, src, dt, a->v.ld, n, h->nk);
+			pack_kn_bf16((uint32_t *)v, src, dt, h->ldr, n, h->nk);
 			continue;
 		}
 		for (int64_t i = 0; i < h->nk; i++)
 			for (int64_t j = 0; j < MC_NR; j += VL)
-				v_store((float *)v + i * MC_NR + j, v_load_n((const float *)src + i * a->v.ld + j, n - j));
+				v_store((float *)v + i * MC_NR + j, v_load_n((const float *)src + i * h->ldr + j, n - j));
 	}
 }
 
@@ -131,6 +131,17 @@ V_INLINE void att_block(const int dt, const struct mc_attention *a, const struct
 	}
 }
 
+// att_gather copies one head of the keys, or values, of sequence s out of a paged
+// cache. What the products then see is what they see without blocks.
+static void att_gather(const struct mc_attention *a, const struct mc_mat *x, int64_t s, int64_t head, int64_t nk,
+                       int64_t es, char *to) {
+	const char *from = (const char *)x->p + head * a->dh * es;
+	for (int64_t j = 0; j < nk; j++, to += a->dh * es) {
+		int64_t r = a->blocks[s * a->ld_blocks + j / a->block] * a->block + j % a->block;
+		memcpy(to, from + r * x->ld * es, (size_t)(a->dh * es));
+	}
+}
+
 V_INLINE void att_worker(const int dt, struct mc_worker *w, const struct mc_attention *a) {
 	const int64_t es = dt == MC_BF16 ? 2 : 4;
 	struct mc_att_layout l = mc_att_layout(a);
@@ -150,8 +161,18 @@ V_INLINE void att_worker(const int dt, struct mc_worker *w, const struct mc_atte
 			packed = s * a->heads + head;
 			h.nk = a->koff[s + 1] - a->koff[s];
 			h.q = (char *)a->q.p + (a->qoff[s] * a->q.ld + head * a->dh) * es;
-			h.k = AT((const char *)a->k.p, (a->koff[s] * a->k.ld + head * a->dh) * es); // NULL if there are no keys at all
-			h.v = AT((const char *)a->v.p, (a->koff[s] * a->v.ld + head * a->dh) * es);
+			if (a->blocks) {
+				h.ldk = h.ldr = a->dh;
+				h.k = scratch + l.gk;
+				h.v = scratch + l.gv;
+				att_gather(a, &a->k, s, head, h.nk, es, scratch + l.gk);
+				att_gather(a, &a->v, s, head, h.nk, es, scratch + l.gv);
+			} else {
+				h.ldk = a->k.ld;
+				h.ldr = a->v.ld;
+				h.k = AT((const char *)a->k.p, (a->koff[s] * a->k.ld + head * a->dh) * es); // NULL if there are no keys at all
+				h.v = AT((const char *)a->v.p, (a->koff[s] * a->v.ld + head * a->dh) * es);
+			}
 			h.o = (char *)a->o.p + (a->qoff[s] * a->o.ld + head * a->dh) * es;
 			int in_place = dt == MC_F32 && h.nq <= MC_ATT_ROWS && a->dh % MC_NR == 0 && h.nk > 0;
 			att_pack(dt, a, &h, in_place, scratch + l.k, scratch + l.v);

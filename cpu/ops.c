@@ -45,6 +45,8 @@ int mc_attention_run(struct mc_attention *a, int nt) {
 	for (int64_t s = 0; s < a->seqs; s++) {
 		int64_t q = a->qoff[s + 1] - a->qoff[s], k = a->koff[s + 1] - a->koff[s];
 		if (q == 0) continue;
+		for (int64_t b = 0; a->blocks && b < mc_ceil(k, a->block); b++)
+			if (a->blocks[s * a->ld_blocks + b] < 0 || a->blocks[s * a->ld_blocks + b] >= a->cache) return MC_INVALID;
 		pairs += a->heads;
 		queries += q;
 		work += q * k * a->heads * a->dh;

@@ -23,11 +23,15 @@ struct mc_mat {
 };
 
 // struct mc_attention: softmax(Q·Kᵀ·scale)·V. qoff and koff hold seqs+1 row
-// numbers. The fields after causal are set by mc_attention_run.
+// numbers. With blocks, a table of ld_blocks numbers for each sequence, key j of
+// sequence s is row j%block of block blocks[s·ld_blocks + j/block], of which there
+// are cache. The fields after causal are set by mc_attention_run.
 struct mc_attention {
 	struct mc_mat q, k, v, o; // all of one dtype
 	const int32_t *qoff, *koff;
 	int64_t seqs, heads, dh;
+	const int32_t *blocks; // NULL: rows of k and v follow each other
+	int64_t ld_blocks, block, cache;
 	float scale;
 	int causal;
 
@@ -154,6 +158,21 @@ struct mc_patchify {
 	int inverse;
 };
 
+// struct mc_categorical: a category for each of n rows of k logits, as
+// engine.CategoricalArgs.
+struct mc_categorical {
+	int64_t n, k;
+	struct mc_mat logits;
+	const float *guidance;
+	int32_t *y;
+	float *log_prob;
+	int64_t stride, top_k;
+	float temperature, top_p;
+	int inverse;
+	const int32_t *ids;
+	struct mc_rng rng;
+};
+
 struct mc_ops {
 	mc_fn attention, norm, gated, rows, cast, conv, groupnorm;
 };
@@ -169,6 +188,11 @@ int mc_embed_run(struct mc_embed *a, int nt);
 int mc_normal_run(struct mc_normal *a, int nt);
 int mc_step_run(struct mc_step *a, int nt);
 int mc_patchify_run(struct mc_patchify *a, int nt);
+int mc_categorical_run(struct mc_categorical *a, int nt);
+
+// mc_philox runs Philox4x32-10 over the counter c; mc_uniform maps a word to (0,1).
+void mc_philox(uint32_t c[4], uint64_t key);
+double mc_uniform(uint32_t w);
 
 // mc_step_rows is mc_step_run on tokens lo … hi-1, on the calling thread.
 void mc_step_rows(const struct mc_step *a, int64_t lo, int64_t hi);

@@ -20,6 +20,10 @@ func (s *stream) Attention(a engine.AttentionArgs) error {
 			koff: v.offsets("KOff", a.KOff, a.KOffHost), seqs: C.int64_t(len(a.QOffHost) - 1),
 			heads: C.int64_t(a.Heads), dh: C.int64_t(a.Q.Cols() / a.Heads), scale: C.float(a.Scale), causal: flag(a.Causal),
 		}
+		if a.Blocks != nil {
+			x.blocks, x.ld_blocks = v.i32(a.Blocks), C.int64_t(a.Blocks.Cols())
+			x.block, x.cache = C.int64_t(a.BlockSize), C.int64_t(a.K.Rows()/a.BlockSize)
+		}
 		if v.err != nil {
 			return 0
 		}

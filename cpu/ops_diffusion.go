@@ -7,6 +7,8 @@ package cpu
 // #cgo nocallback mc_normal_run
 // #cgo noescape mc_step_run
 // #cgo nocallback mc_step_run
+// #cgo noescape mc_categorical_run
+// #cgo nocallback mc_categorical_run
 import "C"
 
 import (
@@ -53,4 +55,18 @@ func (s *stream) DiffusionStep(a engine.DiffusionStepArgs) error {
 
 func draws(r engine.RNG) C.struct_mc_rng {
 	return C.struct_mc_rng{seed: C.uint64_t(r.Seed), purpose: C.uint32_t(r.Purpose), step: C.uint32_t(r.Step)}
+}
+
+// Categorical is engine.Kernels.Categorical.
+func (s *stream) Categorical(a engine.CategoricalArgs) error {
+	return s.do(engine.OpCategorical, a.Check, func(v *views) C.int {
+		x := C.struct_mc_categorical{n: C.int64_t(a.Y.Elems()), k: C.int64_t(a.Logits.Cols()), logits: v.mat(a.Logits),
+			guidance: v.f32(a.Guidance), y: v.i32(a.Y), log_prob: v.f32(a.LogProb), stride: C.int64_t(a.Stride),
+			top_k: C.int64_t(a.TopK), temperature: C.float(a.Temperature), top_p: C.float(a.TopP),
+			inverse: flag(a.Method == engine.InverseTransform), ids: v.i32(a.IDs), rng: draws(a.RNG)}
+		if v.err != nil {
+			return 0
+		}
+		return C.mc_categorical_run(&x, C.int(s.dev.threads))
+	})
 }

@@ -17,7 +17,7 @@ static int shared(mc_fn fn, void *ctx, int nt, int64_t elems, int64_t worth) {
 // ---- random draws ------------------------------------------------------------
 
 // Philox4x32-10 (Salmon et al. 2011), as engine.Philox.
-static void philox(uint32_t c[4], uint64_t key) {
+void mc_philox(uint32_t c[4], uint64_t key) {
 	uint32_t k0 = (uint32_t)key, k1 = (uint32_t)(key >> 32);
 	for (int i = 0; i < 10; i++) {
 		uint64_t p0 = (uint64_t)0xD2511F53 * c[0], p1 = (uint64_t)0xCD9E8D57 * c[2];
@@ -27,15 +27,15 @@ static void philox(uint32_t c[4], uint64_t key) {
 	}
 }
 
-static double uniform(uint32_t w) { return ((double)(w >> 8) + 0.5) / (1 << 24); }
+double mc_uniform(uint32_t w) { return ((double)(w >> 8) + 0.5) / (1 << 24); }
 
 void mc_normals(float *y, int64_t c0, int64_t c, const struct mc_rng *rng, int32_t token, int32_t image) {
 	for (int64_t e = 0; e < c; e += 4) {
 		uint32_t w[4] = {(uint32_t)((c0 + e) / 4), rng->purpose << 24 | (rng->step & 0xffffff), (uint32_t)token, (uint32_t)image};
-		philox(w, rng->seed);
+		mc_philox(w, rng->seed);
 		double v[4];
 		for (int i = 0; i < 4; i += 2) {
-			double radius = sqrt(-2 * log(uniform(w[i]))), angle = 2 * M_PI * uniform(w[i + 1]);
+			double radius = sqrt(-2 * log(mc_uniform(w[i]))), angle = 2 * M_PI * mc_uniform(w[i + 1]);
 			v[i] = radius * cos(angle);
 			v[i + 1] = radius * sin(angle);
 		}

@@ -43,6 +43,9 @@ func (s *Stream) Gemm(a engine.GemmArgs) error {
 // Attention is engine.Kernels.Attention.
 func (s *Stream) Attention(a engine.AttentionArgs) error {
 	err := s.ready(engine.OpAttention, a.Check())
+	if err == nil && a.Blocks != nil {
+		err = &engine.Error{Op: string(engine.OpPagedAttention), Kind: engine.Unsupported, Device: s.Device().Name()}
+	}
 	if err != nil {
 		return err
 	}

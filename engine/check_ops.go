@@ -1,6 +1,9 @@
 package engine
 
-import "fmt"
+import (
+	"fmt"
+	"math"
+)
 
 // Check reports the first thing wrong with a, as an *Error of kind Invalid.
 func (a PackArgs) Check() error {
@@ -65,12 +68,40 @@ func (a AttentionArgs) Check() error {
 	c.matrix("V", a.V, a.K.Rows(), width)
 	c.matrix("O", a.O, a.Q.Rows(), width)
 	c.offsets("QOff", a.QOff, a.QOffHost, a.Q.Rows())
-	c.offsets("KOff", a.KOff, a.KOffHost, a.K.Rows())
+	if a.Blocks == nil {
+		c.offsets("KOff", a.KOff, a.KOffHost, a.K.Rows())
+	} else {
+		c.offsets("KOff", a.KOff, a.KOffHost, math.MaxInt32)
+	}
 	c.eq("KOffHost length", len(a.KOffHost), len(a.QOffHost))
+	c.blocks(&a)
 	c.apart("O", a.O, "Q", a.Q)
 	c.apart("O", a.O, "K", a.K)
 	c.apart("O", a.O, "V", a.V)
 	return c.err
+}
+
+// blocks demands a table that has room for the keys of every sequence.
+func (c *check) blocks(a *AttentionArgs) {
+	if a.Blocks == nil || c.err != nil {
+		return
+	}
+	c.atLeast("BlockSize", a.BlockSize, 1)
+	c.tensor("Blocks", a.Blocks, onlyI32)
+	if c.err != nil {
+		return
+	}
+	if a.K.Rows()%a.BlockSize != 0 {
+		c.fail("%d rows of K are no blocks of %d", a.K.Rows(), a.BlockSize)
+	}
+	c.matrix("Blocks", a.Blocks, len(a.QOffHost)-1, a.Blocks.Cols())
+	c.contiguous("Blocks", a.Blocks)
+	room := volume(a.Blocks.Cols(), a.BlockSize)
+	for s := 1; s < len(a.KOffHost) && c.err == nil; s++ {
+		if keys := int(a.KOffHost[s] - a.KOffHost[s-1]); keys > room {
+			c.fail("sequence %d has %d keys, its %d blocks of %d hold %d", s-1, keys, a.Blocks.Cols(), a.BlockSize, room)
+		}
+	}
 }
 
 // offsets demands S+1 numbers that rise from 0 or more to rows or less.
@@ -507,5 +538,50 @@ func CheckHostCopy(op Op, t *Tensor, host []byte) error {
 	}
 	c.contiguous("tensor", t)
 	c.eq("host bytes", len(host), t.Bytes())
+	return c.err
+}
+
+// Check reports the first thing wrong with a, as an *Error of kind Invalid.
+func (a CategoricalArgs) Check() error {
+	c := check{op: OpCategorical}
+	c.tensor("Logits", a.Logits, onlyF32)
+	c.tensor("Y", a.Y, onlyI32)
+	c.optional("LogProb", a.LogProb, onlyF32)
+	c.optional("IDs", a.IDs, onlyI32)
+	c.finite("Temperature", float64(a.Temperature))
+	c.atLeast("TopK", a.TopK, 0)
+	c.atLeast("Stride", a.Stride, 0)
+	if c.err != nil {
+		return c.err
+	}
+	n, k := a.Y.Elems(), a.Logits.Cols()
+	c.atLeast("categories", k, 1)
+	c.list("Y", a.Y, onlyI32, n)
+	c.list("LogProb", a.LogProb, onlyF32, n)
+	c.list("Guidance", a.Guidance, onlyF32, n)
+	c.matrix("Logits", a.Logits, pairRows(n, a.Guidance), k)
+	if a.Temperature < 0 {
+		c.fail("Temperature is %v, want 0 or more", a.Temperature)
+	}
+	if !(a.TopP > 0 && a.TopP <= 1) {
+		c.fail("TopP is %v, want above 0 and at most 1", a.TopP)
+	}
+	if a.Method > InverseTransform {
+		c.fail("Method is %d, not a CategoricalMethod", a.Method)
+	}
+	if n > 0 && volume(max(n-1, 0), a.Stride) > math.MaxInt32-k {
+		c.fail("Stride %d and %d rows of %d categories do not fit I32", a.Stride, n, k)
+	}
+	if a.Temperature > 0 {
+		if a.IDs == nil {
+			c.fail("IDs is nil")
+		} else {
+			c.ids(a.IDs, n)
+		}
+		c.rng(a.RNG, 1)
+	}
+	c.apart("Y", a.Y, "IDs", a.IDs)
+	c.apart("LogProb", a.LogProb, "Logits", a.Logits)
+	c.apart("LogProb", a.LogProb, "Guidance", a.Guidance)
 	return c.err
 }

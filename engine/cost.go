@@ -71,6 +71,15 @@ func (a AttentionArgs) Cost() (c Cost) {
 		pairs += m*k - m*(m-1)/2
 	}
 	c.flops(a.Q.DType, 4*pairs*int64(a.Q.Cols()))
+	if a.Blocks != nil { // of the cache, the rows in use
+		keys := int64(0)
+		if n := len(a.KOffHost); n > 0 {
+			keys = int64(a.KOffHost[n-1] - a.KOffHost[0])
+		}
+		c.Bytes += 2 * keys * int64(a.K.Cols()*a.K.DType.Size())
+		c.touch(a.Q, a.O, a.QOff, a.KOff, a.Blocks)
+		return c
+	}
 	c.touch(a.Q, a.K, a.V, a.O, a.QOff, a.KOff)
 	return c
 }
@@ -172,6 +181,12 @@ func (a Conv2DArgs) Cost() (c Cost) {
 // Cost is memory traffic.
 func (a GroupNormArgs) Cost() (c Cost) {
 	c.touch(a.X, a.Y, a.Weight, a.Bias)
+	return c
+}
+
+// Cost is memory traffic.
+func (a CategoricalArgs) Cost() (c Cost) {
+	c.touch(a.Logits, a.Guidance, a.IDs, a.Y, a.LogProb)
 	return c
 }
 

@@ -87,6 +87,13 @@ func (c *Ctx) GroupNorm(a GroupNormArgs) {
 	}
 }
 
+// Categorical runs the kernel on c's stream.
+func (c *Ctx) Categorical(a CategoricalArgs) {
+	if c.err == nil {
+		c.err = c.Stream.Categorical(a)
+	}
+}
+
 // Patchify runs the kernel on c's stream.
 func (c *Ctx) Patchify(a PatchifyArgs) {
 	if c.err == nil {

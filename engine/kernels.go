@@ -18,6 +18,7 @@ type Kernels interface {
 	Conv2D(Conv2DArgs) error
 	GroupNorm(GroupNormArgs) error
 	Patchify(PatchifyArgs) error
+	Categorical(CategoricalArgs) error
 }
 
 // Names of the ops, as they appear in errors, plans and support tables.
@@ -35,11 +36,16 @@ const (
 	OpConv2D            Op = "conv2d"
 	OpGroupNorm         Op = "group_norm"
 	OpPatchify          Op = "patchify"
+	OpCategorical       Op = "categorical"
+	// OpPagedAttention is Attention with Blocks: a name of its own, because a device
+	// may have the one without the other.
+	OpPagedAttention Op = "paged_attention"
 )
 
-// Ops lists every op of Kernels in the order of the interface.
+// Ops lists every op of Kernels in the order of the interface, and then the
+// optional forms that have a name of their own.
 var Ops = []Op{OpGemm, OpAttention, OpNorm, OpGatedAdd, OpRows, OpCast, OpTimestepEmbedding,
-	OpNormal, OpDiffusionStep, OpHeadSteps, OpConv2D, OpGroupNorm, OpPatchify}
+	OpNormal, OpDiffusionStep, OpHeadSteps, OpConv2D, OpGroupNorm, OpPatchify, OpCategorical, OpPagedAttention}
 
 // Activation is applied elementwise inside other ops.
 type Activation uint8
@@ -96,6 +102,12 @@ type GemmArgs struct {
 //	and KOff[s] … KOff[s+1]-1 of K and V. A sequence may have no queries.
 //	QOffHost, KOffHost: the same numbers on the host (launch geometry)
 //	Causal: query i of a sequence with q queries and k keys sees keys 0 … k-q+i
+//	Blocks I32 [S, B] or nil, BlockSize ≥ 1: K and V are a paged cache of
+//	K.Rows()/BlockSize blocks, and key j of sequence s is row j mod BlockSize of
+//	block Blocks[s, ⌊j/BlockSize⌋]. KOff then holds running sums of lengths only:
+//	sequence s has KOff[s+1]-KOff[s] keys, at most B·BlockSize. Entries of Blocks
+//	behind a sequence's last key are not read; sequences may share blocks. Rows
+//	of K and V that belong to no key may hold anything, NaN included.
 //
 // Dh ≤ 512. Softmax and sums are F32; in BF16 the probabilities are rounded to
 // BF16 before they meet V. A query with no visible key gives zeros.
@@ -106,6 +118,8 @@ type AttentionArgs struct {
 	Causal             bool
 	QOff, KOff         *Tensor
 	QOffHost, KOffHost []int32
+	Blocks             *Tensor
+	BlockSize          int
 }
 
 // NormArgs: Y = (LN(X)·Weight + Bias)·(1 + Scale) + Shift, LN over columns
@@ -286,4 +300,49 @@ type PatchifyArgs struct {
 	X, Y    *Tensor
 	P       int
 	Inverse bool
+}
+
+// CategoricalMethod says how Categorical turns uniform numbers into a category.
+type CategoricalMethod uint8
+
+const (
+	Gumbel           CategoricalMethod = iota // argmax of a_k + g_k, g_k = −ln(−ln u_k)
+	InverseTransform                          // the first k whose cumulative probability exceeds u
+)
+
+// CategoricalArgs draws one category for each of n rows (P1, P3, P4):
+//
+//	l = l_u + s(l_c − l_u) with guidance, else l_c
+//	a = l/Temperature; at temperature 0 the largest l_k is taken and nothing drawn
+//	TopK: categories with fewer than TopK larger ones stay; 0: all
+//	TopP: of softmax over what TopK left, categories whose likelier ones sum to
+//	less than TopP stay; 1: all. Equal logits stay or go together.
+//	Gumbel: the k that stays with the largest a_k − ln(−ln u_k), u_k of element k
+//	InverseTransform: with c_k = Σ exp(a_j − max a) over j ≤ k that stay, the first
+//	k with c_k > u·c_K, u of element 0
+//
+//	Logits [R,K] F32, R = n, or 2n with guidance: rows n … 2n-1 unconditional
+//	Guidance [n] F32 or nil: s of each row
+//	RNG, IDs I32 [n,2]: u of element e is Uniform(word e mod 4 of Philox at
+//	Counter(RNG, e, token, image)), as for Normal
+//	Y I32 [n]: k + r·Stride for row r; with Stride = K it names row k of r's part
+//	of a table [n·K, ·]
+//	LogProb [n] F32 or nil: ln softmax(l)_k of the category drawn, at temperature
+//	1 and over all categories: MaskGIT's confidence
+//
+// Equal candidates: the smallest k. Everything is computed in float64, so that
+// the categories are the same on every device unless two candidates are within
+// its rounding. A row with a NaN, or with +Inf, or without a finite logit gives
+// Y = r·Stride and LogProb NaN. Categories of −Inf are never drawn.
+type CategoricalArgs struct {
+	Logits      *Tensor
+	Guidance    *Tensor
+	Y, LogProb  *Tensor
+	Stride      int
+	Temperature float32
+	TopK        int
+	TopP        float32
+	Method      CategoricalMethod
+	IDs         *Tensor
+	RNG         RNG
 }

@@ -7,12 +7,14 @@ import "math"
 type Purpose uint32
 
 const (
-	PurposeOrder     Purpose = 1 // generation order of the tokens
-	PurposeInitNoise Purpose = 2 // x_T of the diffusion head
-	PurposeStepNoise Purpose = 3 // δ of a reverse step
-	PurposeLatent    Purpose = 4 // posterior sample of a tokenizer
-	PurposeInit      Purpose = 5 // random weights
-	PurposeTest      Purpose = 6 // generators of tests
+	PurposeOrder      Purpose = 1  // generation order of the tokens
+	PurposeInitNoise  Purpose = 2  // x_T of the diffusion head
+	PurposeStepNoise  Purpose = 3  // δ of a reverse step
+	PurposeLatent     Purpose = 4  // posterior sample of a tokenizer
+	PurposeInit       Purpose = 5  // random weights
+	PurposeTest       Purpose = 6  // generators of tests
+	PurposeCategory   Purpose = 10 // category of a token, or component of a mixture
+	PurposeConfidence Purpose = 11 // noise of the confidence that orders tokens
 )
 
 // Philox is Philox4x32-10 (Salmon et al. 2011): ten rounds over a counter of

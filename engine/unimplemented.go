@@ -46,5 +46,8 @@ func (u Unimplemented) Conv2D(Conv2DArgs) error { return u.no(OpConv2D) }
 // GroupNorm fails with Unsupported.
 func (u Unimplemented) GroupNorm(GroupNormArgs) error { return u.no(OpGroupNorm) }
 
+// Categorical fails with Unsupported.
+func (u Unimplemented) Categorical(CategoricalArgs) error { return u.no(OpCategorical) }
+
 // Patchify fails with Unsupported.
 func (u Unimplemented) Patchify(PatchifyArgs) error { return u.no(OpPatchify) }

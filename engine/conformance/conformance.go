@@ -157,7 +157,7 @@ func Run[S T[S]](t S, dev engine.Device, opts ...Options) {
 func Cases() []*Case {
 	var all []*Case
 	for _, f := range []func() []*Case{gemmCases, attentionCases, normCases, groupNormCases, pointwiseCases,
-		diffusionCases, headCases, convCases} {
+		diffusionCases, headCases, convCases, pagedCases, categoricalCases} {
 		all = append(all, f()...)
 	}
 	return all
@@ -221,7 +221,7 @@ func (c *Case) judge(e *env, memory map[string][]uint32, want map[string]*expect
 			continue
 		}
 		x := want[a.name].on(e.dev, c)
-		m, worst, err := x.compare(a.name, max(a.t.Cols(), 1), e.values(a, memory[a.name]), c.exact)
+		m, worst, err := x.compare(a.name, max(a.t.Cols(), 1), e.values(a, memory[a.name]), c.exact || a.t.DType == engine.I32)
 		if err != nil {
 			r := add(m, err)
 			r.Err, r.Limit = worst, x.limit

@@ -215,7 +215,13 @@ func (e *env) values(a *arg, memory []uint32) []float64 {
 		return must(ref.Float64s(a.t))
 	}
 	v := make([]float64, 0, a.t.Elems())
-	a.each(func(i int) { v = append(v, float64(floatOf(memory[i]))) })
+	a.each(func(i int) {
+		if a.t.DType == engine.I32 {
+			v = append(v, float64(int32(memory[i])))
+			return
+		}
+		v = append(v, float64(floatOf(memory[i])))
+	})
 	return v
 }
 

@@ -17,19 +17,20 @@ type mutant struct {
 	match string // cases it may be seen in
 	modes []Mode // modes that must find it
 
-	gemm      func(engine.Stream, engine.GemmArgs) error
-	attention func(engine.Stream, engine.AttentionArgs) error
-	norm      func(engine.Stream, engine.NormArgs) error
-	gatedAdd  func(engine.Stream, engine.GatedAddArgs) error
-	rows      func(engine.Stream, engine.RowsArgs) error
-	cast      func(engine.Stream, engine.CastArgs) error
-	embedding func(engine.Stream, engine.TimestepEmbeddingArgs) error
-	normal    func(engine.Stream, engine.NormalArgs) error
-	step      func(engine.Stream, engine.DiffusionStepArgs) error
-	head      func(engine.Stream, engine.HeadStepsArgs) error
-	conv      func(engine.Stream, engine.Conv2DArgs) error
-	groupNorm func(engine.Stream, engine.GroupNormArgs) error
-	patchify  func(engine.Stream, engine.PatchifyArgs) error
+	gemm        func(engine.Stream, engine.GemmArgs) error
+	attention   func(engine.Stream, engine.AttentionArgs) error
+	norm        func(engine.Stream, engine.NormArgs) error
+	gatedAdd    func(engine.Stream, engine.GatedAddArgs) error
+	rows        func(engine.Stream, engine.RowsArgs) error
+	cast        func(engine.Stream, engine.CastArgs) error
+	embedding   func(engine.Stream, engine.TimestepEmbeddingArgs) error
+	normal      func(engine.Stream, engine.NormalArgs) error
+	step        func(engine.Stream, engine.DiffusionStepArgs) error
+	head        func(engine.Stream, engine.HeadStepsArgs) error
+	conv        func(engine.Stream, engine.Conv2DArgs) error
+	groupNorm   func(engine.Stream, engine.GroupNormArgs) error
+	patchify    func(engine.Stream, engine.PatchifyArgs) error
+	categorical func(engine.Stream, engine.CategoricalArgs) error
 
 	fill    func(engine.Stream, *engine.Tensor, float32) error
 	copyIn  func(engine.Stream, *engine.Tensor, []byte) error
@@ -108,6 +109,9 @@ func (s *faultyStream) GroupNorm(a engine.GroupNormArgs) error {
 func (s *faultyStream) Patchify(a engine.PatchifyArgs) error {
 	return through(s.dev.m.patchify, s.Stream, s.Stream.Patchify, a)
 }
+func (s *faultyStream) Categorical(a engine.CategoricalArgs) error {
+	return through(s.dev.m.categorical, s.Stream, s.Stream.Categorical, a)
+}
 func (s *faultyStream) Fill(t *engine.Tensor, v float32) error {
 	if s.dev.m.fill != nil {
 		return s.dev.m.fill(s.Stream, t, v)
@@ -137,7 +141,7 @@ func (s *faultyStream) Capture(f func() error) (engine.Graph, error) {
 // it, and that without a fault nothing is (which TestRefRounded does at length).
 func TestMutants(t *testing.T) {
 	all := slices.Concat([]mutant{{name: "none", match: "^(gemm|norm)/"}}, gemmMutants(), attentionMutants(), rowMutants(),
-		headMutants(), imageMutants(), systemMutants())
+		headMutants(), imageMutants(), pagedMutants(), categoricalMutants(), systemMutants())
 	for i := range all {
 		m := &all[i]
 		t.Run(m.name, func(t *testing.T) {

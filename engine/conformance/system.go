@@ -248,6 +248,7 @@ func checkRefusals(dev engine.Device, s engine.Stream) error {
 		{engine.OpConv2D, "nil", s.Conv2D(engine.Conv2DArgs{})},
 		{engine.OpGroupNorm, "nil", s.GroupNorm(engine.GroupNormArgs{})},
 		{engine.OpPatchify, "nil", s.Patchify(engine.PatchifyArgs{})},
+		{engine.OpCategorical, "nil", s.Categorical(engine.CategoricalArgs{})},
 		{"fill", "nil", s.Fill(nil, 1)},
 		{"copy", "nil", s.Copy(nil, m)},
 		{"copy in", "bytes", s.CopyIn(m, make([]byte, 95))},

@@ -121,6 +121,10 @@ func (s *stream) Conv2D(a engine.Conv2DArgs) error {
 func (s *stream) GroupNorm(a engine.GroupNormArgs) error {
 	return s.run(engine.OpGroupNorm, a.Check(), a.Cost)
 }
+func (s *stream) Categorical(a engine.CategoricalArgs) error {
+	return s.run(engine.OpCategorical, a.Check(), a.Cost)
+}
+
 func (s *stream) Patchify(a engine.PatchifyArgs) error {
 	return s.run(engine.OpPatchify, a.Check(), a.Cost)
 }

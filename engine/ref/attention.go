@@ -18,11 +18,19 @@ func (s *stream[F]) Attention(a engine.AttentionArgs) error {
 		d := s.dev
 		q, k, v, o := load[F](d, a.Q), load[F](d, a.K), load[F](d, a.V), load[F](d, a.O)
 		qOff, kOff := s.offsets("QOff", a.QOff, a.QOffHost), s.offsets("KOff", a.KOff, a.KOffHost)
+		blocks := load[float64](d, a.Blocks)
 		bf16 := a.Q.DType == engine.BF16 && d.mode == Rounded
 		width := a.Q.Cols()
 		dh := width / a.Heads
 		for i := 0; i+1 < len(qOff); i++ {
 			queries, keys := qOff[i+1]-qOff[i], kOff[i+1]-kOff[i]
+			rows := make([]int, keys) // of K and V
+			for j := range rows {
+				rows[j] = kOff[i] + j
+				if a.Blocks != nil && queries > 0 {
+					rows[j] = s.block(&a, blocks[i*a.Blocks.Cols()+j/a.BlockSize])*a.BlockSize + j%a.BlockSize
+				}
+			}
 			parallel(queries*a.Heads, func(lo, hi int) {
 				p := make([]F, keys)
 				for j := lo; j < hi; j++ {
@@ -32,7 +40,7 @@ func (s *stream[F]) Attention(a engine.AttentionArgs) error {
 					if a.Causal {
 						n = min(max(keys-queries+row+1, 0), keys)
 					}
-					attend(o[at:at+dh], q[at:at+dh], k, v, kOff[i]*width+head, width, p[:n], F(a.Scale), bf16)
+					attend(o[at:at+dh], q[at:at+dh], k, v, rows, head, width, p[:n], F(a.Scale), bf16)
 				}
 			})
 		}
@@ -40,12 +48,20 @@ func (s *stream[F]) Attention(a engine.AttentionArgs) error {
 	})
 }
 
+// block is a number out of Blocks that must be one of the cache.
+func (s *stream[F]) block(a *engine.AttentionArgs, b float64) int {
+	if n := a.K.Rows() / a.BlockSize; !(b >= 0 && b < float64(n)) {
+		s.dev.fault("Blocks has %v, the cache %d blocks", b, n)
+	}
+	return int(b)
+}
+
 // attend computes one query of one head with len(p) keys; key j starts at
-// from + j·stride of k and v.
-func attend[F number](o, q, k, v []F, from, stride int, p []F, scale F, bf16 bool) {
+// rows[j]·stride + head of k and v.
+func attend[F number](o, q, k, v []F, rows []int, head, stride int, p []F, scale F, bf16 bool) {
 	top := F(math.Inf(-1))
 	for j := range p {
-		p[j] = F(dot(q, k[from+j*stride:]) * scale)
+		p[j] = F(dot(q, k[rows[j]*stride+head:]) * scale)
 		if p[j] > top || p[j] != p[j] {
 			top = p[j]
 		}
@@ -60,7 +76,7 @@ func attend[F number](o, q, k, v []F, from, stride int, p []F, scale F, bf16 boo
 	}
 	clear(o)
 	for j := range p {
-		for c, x := range v[from+j*stride:][:len(o)] {
+		for c, x := range v[rows[j]*stride+head:][:len(o)] {
 			o[c] += F(p[j] * x)
 		}
 	}
