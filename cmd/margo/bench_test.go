@@ -71,6 +71,7 @@ func TestBenchRefuses(t *testing.T) {
 		{[]string{"bench", "--model", "mar-base", "--heads", "4"}, 2, "--heads is about a file"},
 		{[]string{"bench", "--model", fashionKL}, 3, "holds a tokenizer, not a MAR"},
 		{[]string{"bench", "--model", tinyPTH}, 2, "--heads"},
+		{[]string{"bench", "--model", goldens + "mar_kl8.safetensors", "--decode", "--iters", "2", "--against", "pytorch", "--peers", peers}, 2, "has the names of diffusers"},
 		{[]string{"bench", "--model", tinyPTH, "--heads", "4", "--patch-size", "1", "--against", "pytorch", "--peers", peers}, 2, "convert it first: margo convert " + tinyPTH},
 	} {
 		code, out, msg := margo(c.args...)

@@ -16,8 +16,10 @@ import (
 	"strings"
 	"testing"
 
+	"margo/engine"
 	"margo/engine/checkpoint"
 	"margo/engine/imageio"
+	"margo/engine/ref"
 )
 
 const (
@@ -236,6 +238,43 @@ func TestDecodeForeign(t *testing.T) {
 	}
 	if exists(at("o")) || exists(at("o.npz")) || exists(at("o.safetensors")) {
 		t.Errorf("something is left: %v", files(t, dir))
+	}
+}
+
+// small is a device with little memory.
+type small struct {
+	engine.Device
+	free int64
+}
+
+func (s small) Info() engine.Info {
+	i := s.Device.Info()
+	i.MemFree = s.free
+	return i
+}
+
+// What does not fit is refused before any work, with the way out.
+func TestTokenizeMemory(t *testing.T) {
+	f, info, err := openKind(vqTaming, checkpoint.KindKL, checkpoint.MAROptions{}, checkpoint.OpenOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	tok := &tokenize{tokenizerFile: tokenizerFile{path: vqTaming, file: f, info: info, scale: 1}, dev: small{ref.New(ref.Exact), 64 << 20}}
+	defer tok.close()
+	if err := tok.fits(32, 32, true, true); err != nil {
+		t.Errorf("64×64 pixels: %v", err)
+	}
+	err = tok.fits(256, 512, true, true)
+	if exitCode(err) != exitFailed || !strings.Contains(err.Error(), "an image of 1024×512 pixels in f32 needs") || !strings.Contains(err.Error(), "--tile 512 needs less") {
+		t.Errorf("1024×512 pixels: %v", err)
+	}
+	tok.tiling = tiling{64, 16}
+	if err := tok.fits(256, 512, true, true); err != nil {
+		t.Errorf("in tiles: %v", err)
+	}
+	tok.dev = small{ref.New(ref.Exact), 1 << 20}
+	if err := tok.fits(256, 512, false, true); err == nil || !strings.Contains(err.Error(), "smaller tiles need less") {
+		t.Errorf("1 MiB: %v", err)
 	}
 }
 
