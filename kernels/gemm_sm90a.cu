@@ -22,11 +22,6 @@
 // whole rows of 16 bytes go out and the activation's code exists once (a loop over shared memory).
 #include "gemm_sm90a.cuh"
 
-#ifndef __CUDACC__ // the emulated device has neither TMA nor wgmma: gemm.cu serves
-bool gemm_sm90a_serves(const margo_context *, const margo_gemm_args *) { return false; }
-margo_status gemm_sm90a(margo_stream *, const margo_gemm_args *, int) { return MARGO_UNSUPPORTED; }
-#else
-
 #include <cstdlib>
 #include <cstring>
 
@@ -254,4 +249,3 @@ margo_status gemm_sm90a(margo_stream *st, const margo_gemm_args *a, int tile) {
 	}
 	return launch_tiles<1, 32, 8>(st, "gemm_sm90a_64x32", a, p, 2);
 }
-#endif

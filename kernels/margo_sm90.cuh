@@ -5,9 +5,12 @@
 // An emulator of a wrapper must check what its comment demands.
 #pragma once
 
-#include <cuda.h> // types only: the driver's functions are looked up at run time
-
 #include "margo.cuh"
+
+#ifndef __CUDACC__
+#include "emu/sm90.h"
+#else
+#include <cuda.h> // types only: the driver's functions are looked up at run time
 
 namespace gpu {
 
@@ -136,3 +139,4 @@ template <int n> __device__ __forceinline__ void registers_down() { asm volatile
 template <int n> __device__ __forceinline__ void registers_up() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(n)); }
 
 } // namespace gpu
+#endif
