@@ -78,9 +78,10 @@ var allowed = map[string][]string{
 	"engine/imageio":     {"engine", "engine/atomicfile"},
 	"engine/tokenizer":   {"engine", "engine/nn", "engine/checkpoint"},
 	"engine/mar":         {"engine", "engine/nn", "engine/diffusion", "engine/checkpoint"},
-	"engine/verify": {"engine", "engine/checkpoint", "engine/diffusion", "engine/load", "engine/mar", "engine/ref",
+	"engine/dit":         {"engine", "engine/nn", "engine/checkpoint"},
+	"engine/verify": {"engine", "engine/checkpoint", "engine/diffusion", "engine/dit", "engine/load", "engine/mar", "engine/ref",
 		"engine/sample", "engine/tokenizer"},
-	"engine/sample": {"engine", "engine/nn", "engine/diffusion", "engine/mar", "engine/tokenizer",
+	"engine/sample": {"engine", "engine/nn", "engine/diffusion", "engine/dit", "engine/mar", "engine/tokenizer",
 		"engine/plan", "engine/checkpoint", "engine/load"},
 }
 

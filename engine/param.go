@@ -30,11 +30,15 @@ const (
 // stack's tensor, packs the stack once all its parts are there, and leaves this
 // parameter's T a view (with Buf dropped or not, like the stack's) and its Pack
 // nil. A stack has no checkpoint key: Params doesn't list it, its parts are.
+//
+// Order, if not nil, permutes the rows (elements of a vector) on the way to the
+// device: row i of T is row Order[i] of the checkpoint.
 type Param struct {
 	Shape  []int
 	Role   Role
-	F32    bool // keep F32 whatever the compute dtype
-	Exact  bool // keep an F32 copy too
+	F32    bool  // keep F32 whatever the compute dtype
+	Exact  bool  // keep an F32 copy too
+	Order  []int // of the rows; nil: as they are
 	T      *Tensor
 	Pack   Packed
 	T32    *Tensor

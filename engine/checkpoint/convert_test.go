@@ -123,9 +123,9 @@ func TestConvertRefuses(t *testing.T) {
 	refuse("dtype", goldens+"mar_tiny.pth", ConvertOptions{DType: F16}, engine.Invalid, "F16")
 	refuse("config", goldens+"mar_tiny.pth", ConvertOptions{Metadata: map[string]string{"config": "{}"}}, engine.Invalid, "config")
 	refuse("absent", filepath.Join(dir, "none"), ConvertOptions{}, engine.IO, "no such file")
-	refuse("trace", goldens+"mar_encdec_vis6.safetensors", ConvertOptions{}, engine.IO, "neither a MAR nor a KL")
+	refuse("trace", goldens+"mar_encdec_vis6.safetensors", ConvertOptions{}, engine.IO, "neither a MAR, a DiT nor a KL")
 	for k, v := range map[string]string{"latent_scale": "-1", "iters": "0", "head_steps": "1", "max_timestep": "0", "cfg": "NaN",
-		"cfg_schedule": "cosine", "temperature": "-1", "class_names": `["one"]`, "kind": "dit"} {
+		"cfg_schedule": "cosine", "temperature": "-1", "class_names": `["one"]`, "kind": "gan"} {
 		refuse(k, goldens+"mar_tiny.safetensors", ConvertOptions{Metadata: map[string]string{k: v}}, engine.Invalid, k)
 	}
 	refuse("steps", goldens+"mar_tiny.safetensors", ConvertOptions{Metadata: map[string]string{"head_steps": "100", "max_timestep": "98"}},

@@ -231,6 +231,24 @@ func (f *File) diffusersConfig() (map[string]any, error) {
 	if f.layout != LayoutDiffusers {
 		return nil, nil
 	}
+	m, err := f.besideConfig()
+	if m == nil || err != nil {
+		return nil, err
+	}
+	if c := m["_class_name"]; c != "AutoencoderKL" && c != "VQModel" {
+		return nil, nil
+	}
+	for key, want := range map[string]string{"norm_num_groups": "32", "act_fn": "silu"} {
+		if v, ok := m[key]; ok && v != nil && fmt.Sprint(v) != want {
+			path := filepath.Join(filepath.Dir(f.path), "config.json")
+			return nil, engine.Errorf("open "+path, engine.Unsupported, "%s is %v; only %s is supported", key, v, want)
+		}
+	}
+	return m, nil
+}
+
+// besideConfig is the config.json beside the file; nil if there is none.
+func (f *File) besideConfig() (map[string]any, error) {
 	path := filepath.Join(filepath.Dir(f.path), "config.json")
 	file, err := os.Open(path)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -247,14 +265,6 @@ func (f *File) diffusersConfig() (map[string]any, error) {
 	m, err := parseObject(string(text))
 	if err != nil {
 		return nil, badFile(path, "%w", err)
-	}
-	if c := m["_class_name"]; c != "AutoencoderKL" && c != "VQModel" {
-		return nil, nil
-	}
-	for key, want := range map[string]string{"norm_num_groups": "32", "act_fn": "silu"} {
-		if v, ok := m[key]; ok && v != nil && fmt.Sprint(v) != want {
-			return nil, engine.Errorf("open "+path, engine.Unsupported, "%s is %v; only %s is supported", key, v, want)
-		}
 	}
 	return m, nil
 }

@@ -37,6 +37,8 @@ type tensor struct {
 	stride []int64 // in elements; nil: contiguous, row-major
 	span   int64   // bytes from element 0 to past the last one
 	record *record // the archive member it lies in, to check its CRC; may be nil
+
+	derived *derived // nil: the bytes are the file's
 }
 
 // File is an open checkpoint. Reading from several goroutines is safe.
@@ -51,6 +53,7 @@ type File struct {
 
 	layout string            // LayoutDiffusers if the names were translated
 	source map[string]string // names in the file of tensors that were renamed
+	copies [][2]*tensor      // tensors that must be the same, the second of which was left out
 }
 
 // OpenOptions choose among the state dicts of a PyTorch file.
@@ -106,6 +109,9 @@ func openFrom(r *region, path string, o OpenOptions) (f *File, err error) {
 		return nil, err
 	}
 	if err := f.translate(); err != nil {
+		return nil, err
+	}
+	if err := f.translateDiT(); err != nil {
 		return nil, err
 	}
 	return f, nil
@@ -169,7 +175,7 @@ func (f *File) Metadata() map[string]string { return maps.Clone(f.meta) }
 func (f *File) Names() []string { return slices.Sorted(maps.Keys(f.tensors)) }
 
 // Layout is LayoutDiffusers if the file's tensors have the names of diffusers'
-// autoencoders, which are translated; else "".
+// autoencoders or DiT, which are translated; else "".
 func (f *File) Layout() string { return f.layout }
 
 // Stored is the name that the tensor has in the file.
@@ -197,8 +203,16 @@ func (f *File) Close() error { return f.region.Close() }
 // Release gives back the memory that reading the tensor brought in. The tensor
 // can be read again.
 func (f *File) Release(name string) {
-	if t, ok := f.tensors[name]; ok {
+	t, ok := f.tensors[name]
+	if !ok {
+		return
+	}
+	if t.derived == nil {
 		f.region.drop(t.off, t.span)
+		return
+	}
+	for _, p := range t.derived.parts {
+		f.region.drop(p.off, p.span)
 	}
 }
 

@@ -176,7 +176,7 @@ func TestShippedModels(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	if want := (Sampling{24, 100, 950, 2, "linear", 1}); m.Sampling != want || len(m.ClassNames) != 10 || m.ClassNames[9] != "ankle boot" {
+	if want := (Sampling{Iters: 24, HeadSteps: 100, MaxTimestep: 950, CFG: 2, CFGSchedule: "linear", Temperature: 1}); m.Sampling != want || len(m.ClassNames) != 10 || m.ClassNames[9] != "ankle boot" {
 		t.Errorf("%+v", m)
 	}
 	if m.LatentScale != 0.7403369118397486 || k.LatentScale != m.LatentScale || k.KL.EmbedDim != m.MAR.VAEEmbedDim || k.KL.Stride() != m.MAR.VAEStride {

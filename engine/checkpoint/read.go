@@ -195,6 +195,9 @@ func gather(b, view []byte, t *tensor, index []int) {
 }
 
 func (f *File) readBytes(t *tensor, dst []byte, off int64) error {
+	if t.derived != nil {
+		return f.readDerived(t, dst, off-t.off)
+	}
 	if t.record != nil {
 		if err := t.record.check(f.region); err != nil {
 			return f.badTensor(t, "%w", err)

@@ -16,19 +16,33 @@ import (
 // operation by operation; what remains is the last bit of cos, which 1 − ᾱ/ᾱ
 // magnifies where β is small.
 func TestTables(t *testing.T) {
-	f, err := checkpoint.Open("../../testdata/goldens/mar_diffusion_tables.safetensors", checkpoint.OpenOptions{})
+	cosine := func(spec string) (*Process, error) {
+		n, err := strconv.Atoi(spec)
+		if err != nil {
+			return nil, err
+		}
+		return MAR(n, TrainSteps-1)
+	}
+	compare(t, "mar_diffusion_tables", "cosine_", cosine, "10", "25", "50", "100", "250", "1000")
+	compare(t, "dit_diffusion_tables", "linear_", DiT, "10", "50", "250", "ddim10", "ddim50", "1000")
+}
+
+// compare holds the processes of specs against the tables of a golden.
+func compare(t *testing.T, file, schedule string, process func(spec string) (*Process, error), specs ...string) {
+	f, err := checkpoint.Open("../../testdata/goldens/"+file+".safetensors", checkpoint.OpenOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	for _, n := range []int{10, 25, 50, 100, 250, 1000} {
-		p, err := MAR(n, TrainSteps-1)
+	for _, spec := range specs {
+		p, err := process(spec)
 		if err != nil {
 			t.Fatal(err)
 		}
-		prefix := "cosine_" + strconv.Itoa(n) + "."
+		n := p.Len()
+		prefix := schedule + spec + "."
 		if n == TrainSteps {
-			prefix = "cosine_full1000."
+			prefix = schedule + "full1000."
 		}
 		steps := make([]int64, n)
 		if err := f.ReadI64(prefix+"timestep_map", steps); err != nil {
@@ -167,6 +181,48 @@ func TestNewErrors(t *testing.T) {
 	for _, use := range [][]int{nil, {5}, {3, 2}, {0, 1000}, {2, 2}} {
 		if _, err := New(Cosine(1000), use); !errors.Is(err, engine.Invalid) {
 			t.Errorf("%v: %v", use, err)
+		}
+	}
+}
+
+// DDIM's step in one formula against the authors' ddim_sample: x₀ from ε, ε again from
+// x₀, then the mean and σ.
+func TestDDIM(t *testing.T) {
+	p, err := DiT("50")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, eta := range []float64{0, 0.3, 1} {
+		steps, err := p.DDIMSteps(eta)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for k, s := range steps {
+			i := p.Len() - 1 - k
+			x, eps := 0.7, -0.3
+			x0 := p.SqrtRecipAlphasCumprod[i]*x - p.SqrtRecipm1AlphasCumprod[i]*eps
+			again := (p.SqrtRecipAlphasCumprod[i]*x - x0) / p.SqrtRecipm1AlphasCumprod[i]
+			bar, prev := p.AlphasCumprod[i], p.AlphasCumprodPrev[i]
+			sigma := eta * math.Sqrt((1-prev)/(1-bar)) * math.Sqrt(1-bar/prev)
+			want := x0*math.Sqrt(prev) + math.Sqrt(1-prev-sigma*sigma)*again
+			if got := s.A*x - s.B*eps; math.Abs(got-want) > 1e-11*(1+math.Abs(want)) {
+				t.Errorf("eta %g step %d: mean %g, want %g", eta, k, got, want)
+			}
+			if s.Last != (sigma == 0) || !s.Last && math.Abs(math.Exp(s.MinLog/2)-sigma) > 1e-14 || s.MinLog != s.MaxLog || s.Timestep != p.Timesteps[i] {
+				t.Errorf("eta %g step %d: %+v, sigma %g", eta, k, s, sigma)
+			}
+		}
+	}
+	// With η = 1 DDIM is DDPM with the posterior's variance.
+	one, _ := p.DDIMSteps(1)
+	for k, s := range p.Steps() {
+		if math.Abs(one[k].A-s.A) > 1e-12*s.A || math.Abs(one[k].B-s.B) > 1e-10 || !s.Last && math.Abs(one[k].MinLog-s.MinLog) > 1e-9 {
+			t.Errorf("step %d: DDIM %+v, DDPM %+v", k, one[k], s)
+		}
+	}
+	for _, eta := range []float64{-0.1, 1.1, math.NaN()} {
+		if _, err := p.DDIMSteps(eta); !errors.Is(err, engine.Invalid) {
+			t.Errorf("eta %g: %v", eta, err)
 		}
 	}
 }

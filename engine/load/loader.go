@@ -150,6 +150,17 @@ func (l *loader) read(p engine.NamedParam, dst *engine.Tensor) error {
 		channelsLast(l.tmp, b, p.Shape, dst.DType.Size())
 		b = l.tmp
 	}
+	if p.Order != nil {
+		if len(p.Shape) == 0 || len(p.Order) != p.Shape[0] {
+			return engine.Errorf("load", engine.Internal, "the order of %q has %d rows, its shape is %s", p.Name, len(p.Order), engine.ShapeString(p.Shape))
+		}
+		size := len(b) / len(p.Order)
+		ordered := make([]byte, len(b))
+		for to, from := range p.Order {
+			copy(ordered[to*size:(to+1)*size], b[from*size:])
+		}
+		b = ordered
+	}
 	return l.stream.CopyIn(dst, b)
 }
 
