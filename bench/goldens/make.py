@@ -78,6 +78,19 @@ def half(state):
     return {k: v.bfloat16().contiguous() if v.is_floating_point() else v for k, v in state.items()}
 
 
+def sort_metadata(path):
+    """safetensors writes metadata in any order; sorted, equal contents are equal files."""
+    with open(path, "r+b") as f:
+        size = int.from_bytes(f.read(8), "little")
+        header = json.loads(f.read(size))
+        if "__metadata__" in header:
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+            text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+            assert len(text) == size, path
+            f.seek(8)
+            f.write(text)
+
+
 class Writer:
     def __init__(self, out, only):
         self.out, self.only = out, only
@@ -93,6 +106,7 @@ class Writer:
 
     def weights(self, name, state, metadata=None):
         save_file(half(state), self.path(name), metadata)
+        sort_metadata(self.path(name))
         self.check(name)
 
     def lightning(self, name, state):
@@ -103,6 +117,7 @@ class Writer:
 
     def trace(self, name, tensors, **metadata):
         save_file({k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}, self.path(name), {k: str(v) for k, v in metadata.items()})
+        sort_metadata(self.path(name))
         self.check(name)
 
 
