@@ -36,7 +36,7 @@ static inline margo_status m_copy(const margo_api *a, margo_stream *s, const mar
 static inline margo_status m_fill(const margo_api *a, margo_stream *s, const margo_mat *d, float v) { return a->fill(s, d, v); }
 
 // Ops all have one form; which is an index into the table.
-enum { M_GEMM, M_ATTENTION, M_NORM, M_GATED_ADD, M_ROWS, M_CAST, M_TIMESTEP, M_NORMAL, M_DIFFUSION, M_HEAD, M_CONV, M_GROUP_NORM, M_PATCHIFY };
+enum { M_GEMM, M_ATTENTION, M_NORM, M_GATED_ADD, M_ROWS, M_CAST, M_TIMESTEP, M_NORMAL, M_DIFFUSION, M_HEAD, M_CONV, M_GROUP_NORM, M_PATCHIFY, M_CATEGORICAL };
 typedef margo_status (*m_op)(margo_stream *, const void *);
 static inline m_op m_entry(const margo_api *a, int which) {
 	switch (which) {
@@ -53,6 +53,7 @@ static inline m_op m_entry(const margo_api *a, int which) {
 	case M_CONV: return (m_op)a->conv2d;
 	case M_GROUP_NORM: return (m_op)a->group_norm;
 	case M_PATCHIFY: return (m_op)a->patchify;
+	case M_CATEGORICAL: return (m_op)a->categorical;
 	}
 	return 0;
 }

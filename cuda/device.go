@@ -149,6 +149,7 @@ var entries = map[engine.Op]C.int{
 	engine.OpRows: C.M_ROWS, engine.OpCast: C.M_CAST, engine.OpTimestepEmbedding: C.M_TIMESTEP, engine.OpNormal: C.M_NORMAL,
 	engine.OpDiffusionStep: C.M_DIFFUSION, engine.OpHeadSteps: C.M_HEAD, engine.OpConv2D: C.M_CONV,
 	engine.OpGroupNorm: C.M_GROUP_NORM, engine.OpPatchify: C.M_PATCHIFY,
+	engine.OpCategorical: C.M_CATEGORICAL, engine.OpPagedAttention: C.M_ATTENTION,
 }
 
 // Supports is true for the ops of the plugin's table, in both dtypes.

@@ -40,12 +40,10 @@ func (s *Stream) Gemm(a engine.GemmArgs) error {
 	return s.run(engine.OpGemm, unsafe.Pointer(&x), err)
 }
 
-// Attention is engine.Kernels.Attention.
+// Attention is engine.Kernels.Attention. The next wait reports a block outside the
+// cache.
 func (s *Stream) Attention(a engine.AttentionArgs) error {
 	err := s.ready(engine.OpAttention, a.Check())
-	if err == nil && a.Blocks != nil {
-		err = &engine.Error{Op: string(engine.OpPagedAttention), Kind: engine.Unsupported, Device: s.Device().Name()}
-	}
 	if err != nil {
 		return err
 	}
@@ -57,7 +55,8 @@ func (s *Stream) Attention(a engine.AttentionArgs) error {
 	}
 	x := C.margo_attention_args{size: C.sizeof_margo_attention_args, causal: flag(a.Causal), q: s.mat(a.Q, &err), k: s.mat(a.K, &err),
 		v: s.mat(a.V, &err), o: s.mat(a.O, &err), qoff: s.mat(a.QOff, &err), koff: s.mat(a.KOff, &err), seqs: C.int64_t(len(a.QOffHost) - 1),
-		heads: C.int64_t(a.Heads), max_q: longest(a.QOffHost), max_k: longest(a.KOffHost), scale: C.float(a.Scale)}
+		heads: C.int64_t(a.Heads), max_q: longest(a.QOffHost), max_k: longest(a.KOffHost), scale: C.float(a.Scale),
+		blocks: s.mat(a.Blocks, &err), block_size: C.int64_t(a.BlockSize)}
 	return s.run(engine.OpAttention, unsafe.Pointer(&x), err)
 }
 
@@ -139,6 +138,18 @@ func (s *Stream) Normal(a engine.NormalArgs) error {
 	}
 	x := C.margo_normal_args{size: C.sizeof_margo_normal_args, y: s.mat(a.Y, &err), ids: s.mat(a.IDs, &err), rng: rng(a.RNG)}
 	return s.run(engine.OpNormal, unsafe.Pointer(&x), err)
+}
+
+// Categorical is engine.Kernels.Categorical.
+func (s *Stream) Categorical(a engine.CategoricalArgs) error {
+	err := s.ready(engine.OpCategorical, a.Check())
+	if err != nil {
+		return err
+	}
+	x := C.margo_categorical_args{size: C.sizeof_margo_categorical_args, method: C.int32_t(a.Method), logits: s.mat(a.Logits, &err),
+		guidance: s.mat(a.Guidance, &err), y: s.mat(a.Y, &err), log_prob: s.mat(a.LogProb, &err), ids: s.mat(a.IDs, &err), rng: rng(a.RNG),
+		stride: C.int64_t(a.Stride), top_k: C.int64_t(a.TopK), temperature: C.float(a.Temperature), top_p: C.float(a.TopP)}
+	return s.run(engine.OpCategorical, unsafe.Pointer(&x), err)
 }
 
 // DiffusionStep is engine.Kernels.DiffusionStep.

@@ -15,10 +15,14 @@ struct Attention {
 	int ldq, ldk, ldv, ldo; // elements
 	int dh, causal;
 	float scale;
+	const int32_t *blocks; // [sequences][row_blocks], or null: the rows of a sequence follow one another
+	int row_blocks, block_size, block_count;
+	uint32_t *error;
 };
 
 // The kernels' launches; grid: tiles of rows queries × heads × sequences.
 margo_status attention_f32(margo_stream *, const Attention &, const margo_attention_args *);
+template <bool PAGED> margo_status attention_bf16(margo_stream *, const Attention &, const margo_attention_args *);
 inline dim3 attention_grid(const margo_attention_args *a, int rows) {
 	return dim3(unsigned(ceil_div(a->max_q, rows)), unsigned(a->heads), unsigned(a->seqs));
 }
@@ -37,10 +41,32 @@ struct Span {
 	}
 };
 
+// Rows finds the row of K and V that holds key j of a sequence.
+template <bool PAGED> struct Rows {
+	int first;
+	MARGO_DEVICE Rows(const Attention &, const Span &span, int) : first(span.k0) {}
+	MARGO_DEVICE int operator()(int j) const { return first + j; }
+};
+template <> struct Rows<true> {
+	const int32_t *table;
+	int size, count, sequence;
+	uint32_t *error;
+	MARGO_DEVICE Rows(const Attention &p, const Span &, int s)
+	    : table(p.blocks + int64_t(s) * p.row_blocks), size(p.block_size), count(p.block_count), sequence(s), error(p.error) {}
+	MARGO_DEVICE int operator()(int j) const {
+		int i = int(unsigned(j) / unsigned(size)), b = table[i];
+		if (unsigned(b) >= unsigned(count)) { // reported by the next wait
+			atomicMax(error, DEVICE_ERROR_BLOCKS + uint32_t(sequence));
+			b = 0;
+		}
+		return b * size + (j - i * size);
+	}
+};
+
 // redo computes columns c0 … c1-1 of query i of a head anew, key by key, by a whole warp. A value that is not
 // finite spoils the queries of its tile that may not see it (0·NaN is NaN): rows with a result that is
 // not finite come here, where no hidden key is touched.
-template <class T, int D> MARGO_DEVICE void redo(const Attention &p, const Span &span, int head, int i, int c0, int c1) {
+template <class T, int D, class Map> MARGO_DEVICE void redo(const Attention &p, const Span &span, const Map &map, int head, int i, int c0, int c1) {
 	constexpr int N = (D + 31) / 32;
 	int lane = int(threadIdx.x) % 32, n = span.visible(p, i);
 	const T *q = static_cast<const T *>(p.q) + int64_t(span.q0 + i) * p.ldq + head * p.dh;
@@ -48,8 +74,9 @@ template <class T, int D> MARGO_DEVICE void redo(const Attention &p, const Span 
 #pragma unroll
 	for (int j = 0; j < N; j++) x[j] = 32 * j + lane < p.dh ? to_f32(q[32 * j + lane]) : 0.0f;
 	for (int key = 0; key < n; key++) {
-		const T *k = static_cast<const T *>(p.k) + int64_t(span.k0 + key) * p.ldk + head * p.dh;
-		const T *v = static_cast<const T *>(p.v) + int64_t(span.k0 + key) * p.ldv + head * p.dh;
+		int64_t row = map(key);
+		const T *k = static_cast<const T *>(p.k) + row * p.ldk + head * p.dh;
+		const T *v = static_cast<const T *>(p.v) + row * p.ldv + head * p.dh;
 		float dot = 0;
 #pragma unroll
 		for (int j = 0; j < N; j++)

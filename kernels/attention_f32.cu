@@ -26,13 +26,14 @@ struct Smem {
 	float b[TILE][PITCH]; // K [column][key], then V [key][column]
 };
 
-// load copies 64 rows of 64 columns; rows and cols: those that exist, the others are zeros. Lanes run
-// over columns (whole cache lines); transposed stores step over 68 floats, four-way conflicts.
-template <bool TRANSPOSE> MARGO_DEVICE void load(float (&dst)[TILE][PITCH], const float *src, int ld, int rows, int cols) {
+// load copies rows map(0) … map(63), 64 columns; rows and cols: those that exist, the others are zeros. Lanes
+// run over columns (whole cache lines); transposed stores step over 68 floats, four-way conflicts.
+template <bool TRANSPOSE, class Map>
+MARGO_DEVICE void load(float (&dst)[TILE][PITCH], const float *src, int ld, int rows, int cols, const Map &map) {
 	int c = int(threadIdx.x) % TILE;
 #pragma unroll 4
 	for (int r = int(threadIdx.x) / TILE; r < TILE; r += THREADS / TILE) {
-		float v = r < rows && c < cols ? src[int64_t(r) * ld + c] : 0.0f;
+		float v = r < rows && c < cols ? src[int64_t(map(r)) * ld + c] : 0.0f;
 		if (TRANSPOSE) dst[c][r] = v;
 		else dst[r][c] = v;
 	}
@@ -51,15 +52,15 @@ MARGO_DEVICE void outer(float (&acc)[4][4], const Smem &sm, int ty, int tx) {
 	}
 }
 
-template <int NC> __global__ void __launch_bounds__(THREADS) attention_f32_kernel(Attention p) {
+template <int NC, bool PAGED> __global__ void __launch_bounds__(THREADS) attention_f32_kernel(Attention p) {
 	Smem &sm = gpu::smem<Smem>();
 	const Span span(p, int(blockIdx.z));
 	const int first = int(blockIdx.x) * TILE, head = int(blockIdx.y), ty = int(threadIdx.x) / 16, tx = int(threadIdx.x) % 16;
 	if (first >= span.queries) return;
 	const int rows = span.queries - first < TILE ? span.queries - first : TILE, keys = span.visible(p, first + rows - 1);
 	const float *q = static_cast<const float *>(p.q) + int64_t(span.q0 + first) * p.ldq + head * p.dh;
-	const float *k = static_cast<const float *>(p.k) + int64_t(span.k0) * p.ldk + head * p.dh;
-	const float *v = static_cast<const float *>(p.v) + int64_t(span.k0) * p.ldv + head * p.dh;
+	const float *k = static_cast<const float *>(p.k) + head * p.dh, *v = static_cast<const float *>(p.v) + head * p.dh;
+	const Rows<PAGED> map(p, span, int(blockIdx.z));
 	float o[NC][4][4] = {}, top[4], sum[4];
 	int visible[4];
 #pragma unroll
@@ -73,8 +74,8 @@ template <int NC> __global__ void __launch_bounds__(THREADS) attention_f32_kerne
 #pragma unroll 1
 		for (int c = 0; c < p.dh; c += TILE) {
 			__syncthreads();
-			load<true>(sm.a, q + c, p.ldq, rows, p.dh - c);
-			load<true>(sm.b, k + int64_t(at) * p.ldk + c, p.ldk, span.keys - at, p.dh - c);
+			load<true>(sm.a, q + c, p.ldq, rows, p.dh - c, [](int r) { return r; });
+			load<true>(sm.b, k + c, p.ldk, span.keys - at, p.dh - c, [&](int r) { return map(at + r); });
 			__syncthreads();
 			outer(s, sm, ty, tx);
 		}
@@ -106,7 +107,7 @@ template <int NC> __global__ void __launch_bounds__(THREADS) attention_f32_kerne
 #pragma unroll
 		for (int c = 0; c < NC; c++) {
 			__syncthreads();
-			load<false>(sm.b, v + int64_t(at) * p.ldv + c * TILE, p.ldv, span.keys - at, p.dh - c * TILE);
+			load<false>(sm.b, v + c * TILE, p.ldv, span.keys - at, p.dh - c * TILE, [&](int r) { return map(at + r); });
 			__syncthreads();
 			outer(o[c], sm, ty, tx);
 		}
@@ -134,13 +135,13 @@ template <int NC> __global__ void __launch_bounds__(THREADS) attention_f32_kerne
 		for (int half = 0; half < 2; half++) {
 #pragma unroll
 			for (int i = 0; i < 4; i++)
-				if (bad[i] >> (16 * half) & 0xffff) redo<float, NC * TILE>(p, span, head, first + 4 * (ty / 2 * 2 + half) + i, 0, p.dh);
+				if (bad[i] >> (16 * half) & 0xffff) redo<float, NC * TILE>(p, span, map, head, first + 4 * (ty / 2 * 2 + half) + i, 0, p.dh);
 		}
 	}
 }
 
 template <int NC> margo_status launch(margo_stream *st, const char *name, const Attention &p, const margo_attention_args *a) {
-	return run(st, name, attention_f32_kernel<NC>, attention_grid(a, TILE), dim3(THREADS), sizeof(Smem), p);
+	return run(st, name, p.blocks ? attention_f32_kernel<NC, true> : attention_f32_kernel<NC, false>, attention_grid(a, TILE), dim3(THREADS), sizeof(Smem), p);
 }
 
 } // namespace

@@ -26,7 +26,7 @@ extern "C" {
 #endif
 
 #define MARGO_ABI_MAJOR 1
-#define MARGO_ABI_MINOR 0
+#define MARGO_ABI_MINOR 1
 
 typedef enum margo_status {
 	MARGO_OK = 0,
@@ -101,6 +101,8 @@ typedef struct margo_attention_args {
 	int64_t seqs, heads, max_q, max_k; // longest sequence of queries and of keys
 	float scale;
 	int32_t reserved;
+	margo_mat blocks; // i32 [seqs, B] or absent: key j of sequence s is row j mod block_size of block blocks[s, j / block_size]
+	int64_t block_size;
 } margo_attention_args;
 
 typedef struct margo_norm_args {
@@ -211,6 +213,15 @@ typedef struct margo_patchify_args {
 	int64_t n, h, w, c, p;
 } margo_patchify_args;
 
+typedef struct margo_categorical_args { // see engine.CategoricalArgs
+	uint32_t size;
+	int32_t method; // 0: Gumbel, 1: inverse transform
+	margo_mat logits, guidance, y, log_prob, ids;
+	margo_rng rng;
+	int64_t stride, top_k;
+	float temperature, top_p;
+} margo_categorical_args;
+
 // margo_api is the table. Unless said otherwise pointers to results must not be
 // NULL, and strings are zero-terminated.
 typedef struct margo_api {
@@ -270,6 +281,7 @@ typedef struct margo_api {
 	margo_status (*patchify)(margo_stream *, const margo_patchify_args *);
 
 	margo_status (*synchronize)(margo_context *); // waits for all streams
+	margo_status (*categorical)(margo_stream *, const margo_categorical_args *);
 } margo_api;
 
 // margo_plugin returns the table if it has this major version, else NULL; *have is

@@ -292,6 +292,8 @@ margo_status device_word(margo_stream *st) {
 	MARGO_TRY(check(c, cudaStreamSynchronize(st->s), "reading the error word"));
 	if (!word) return MARGO_OK;
 	cudaMemsetAsync(c->device_error, 0, 4, st->s);
+	if (word >= DEVICE_ERROR_BLOCKS)
+		return fail(c, MARGO_INVALID, "attention: a block lies outside the cache (sequence %u)", word - DEVICE_ERROR_BLOCKS);
 	return fail(c, MARGO_INVALID, "an index lies outside its tensor (row %u of rows)", word - 1);
 }
 
@@ -472,12 +474,20 @@ margo_status fill(margo_stream *st, const margo_mat *dst, float v) {
 	return op_fill(st, dst, v);
 }
 
+// may_complain notes that an op which checks indices on the device is under way.
+void may_complain(margo_stream *st) {
+	std::lock_guard<std::mutex> lock(st->ctx->mu);
+	st->rows_enqueued = true;
+}
+
 margo_status rows(margo_stream *st, const margo_rows_args *a) {
-	{
-		std::lock_guard<std::mutex> lock(st->ctx->mu);
-		st->rows_enqueued = true;
-	}
+	may_complain(st);
 	return op_rows(st, a);
+}
+
+margo_status attention(margo_stream *st, const margo_attention_args *a) {
+	if (a->blocks.p) may_complain(st);
+	return op_attention(st, a);
 }
 
 const margo_api table = {
@@ -489,7 +499,7 @@ const margo_api table = {
 	capture_begin, capture_end, graph_launch, graph_destroy,
 	copy_in, copy_out, copy, fill,
 	op<margo_gemm_args, op_gemm>,
-	op<margo_attention_args, op_attention>,
+	op<margo_attention_args, attention>,
 	op<margo_norm_args, op_norm>,
 	op<margo_gated_add_args, op_gated_add>,
 	op<margo_rows_args, rows>,
@@ -504,6 +514,7 @@ const margo_api table = {
 	op<margo_group_norm_args, op_group_norm>,
 	op<margo_patchify_args, op_patchify>,
 	synchronize,
+	op<margo_categorical_args, op_categorical>,
 };
 
 } // namespace

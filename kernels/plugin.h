@@ -24,8 +24,9 @@ struct margo_kernel_stat {
 	uint64_t launches;
 };
 
-// Values of *margo_context::device_error, by rising weight (kernels use atomicMax).
-enum { DEVICE_ERROR_ROWS = 1 }; // rows: an index outside its tensor
+// Values of *margo_context::device_error, which kernels raise by atomicMax: 1 + the row of rows whose index lies
+// outside its tensor, or DEVICE_ERROR_BLOCKS + the sequence of attention with such a block.
+constexpr uint32_t DEVICE_ERROR_BLOCKS = 1u << 31;
 
 struct margo_context {
 	int ordinal = 0;
@@ -107,3 +108,4 @@ margo_status op_conv2d(margo_stream *, const margo_conv2d_args *);
 margo_status op_group_norm_workspace(margo_context *, const margo_group_norm_args *, uint64_t *bytes);
 margo_status op_group_norm(margo_stream *, const margo_group_norm_args *);
 margo_status op_patchify(margo_stream *, const margo_patchify_args *);
+margo_status op_categorical(margo_stream *, const margo_categorical_args *);

@@ -138,7 +138,7 @@ template <class Y, class A, class B, bool VEC> __global__ void __launch_bounds__
 	if (r >= p.count) return;
 	int64_t iy = p.iy ? p.iy[r] : r, ia = p.ia ? p.ia[r] : r, ib = p.b ? p.ib ? p.ib[r] : r : -1;
 	if (iy < 0 || iy >= p.ny || ia >= p.na || (p.b && ib >= p.nb)) {
-		if (blockIdx.y == 0 && threadIdx.x == 0) atomicMax(p.error, uint32_t(DEVICE_ERROR_ROWS));
+		if (blockIdx.y == 0 && threadIdx.x == 0) atomicMax(p.error, 1 + uint32_t(r < (1 << 30) ? r : 1 << 30));
 		return;
 	}
 	const A *a = static_cast<const A *>(p.a) + (ia < 0 ? 0 : ia * p.lda);

@@ -1,0 +1,312 @@
+// attention_mma.cuh: fused attention forward in bf16 on tensor cores (mma.sync), one pass over the keys
+// with an online softmax (FlashAttention-2). attention.cu compiles it for sequences whose keys
+// are rows in a row, attention_paged.cu for caches of blocks.
+//
+// Mapping. A block computes 16·STRIPS queries of one head of one sequence: warp w owns the 16
+// queries of strip w/SPLIT and D/SPLIT columns of the output (SPLIT > 1 only for heads too wide
+// for one warp's registers: then S is computed by each of them). Grid: query tiles × heads ×
+// sequences; blocks past the end of a short sequence leave at once. Lane l of a warp holds,
+// as mma.m16n8k16 wants, rows g = l/4 and g+8 of every 8-column tile, columns 2(l%4) and next.
+// Heads: D is the least of 16, 32, 48, 64, 72, 80, 96, 128, 192, 256, 512 that holds dh; columns beyond dh
+// are zero. 72 = 4·16 + 8 ends with m16n8k8.
+//
+// Pipeline. Keys come in tiles of BN, counted from the sequence's own first key. K and V of
+// tile j+1 are copied by cp.async into the other of two buffers while tile j is multiplied; one
+// barrier per tile. Tiles that all queries see whole take a path without masks; the others
+// (end of the sequence, diagonal) run the same operations on masked scores.
+//
+// Shared memory. Q: 16·STRIPS rows; K, V: 2 buffers of BN rows each; rows of D (+8 where D/8 is
+// even) elements: an odd number of 16-byte units, so that the 8 rows of an ldmatrix lie in different banks. Q
+// fragments stay in registers for D ≤ 128. The rows of Q hold O at the end, for whole-row stores.
+//
+// Numerics. S in f32; p = 2^(s·c − base), c = |scale|·log₂e, as one FFMA and ex2 (relative error
+// about 2^-22); base is the greatest s·c of some tile so far and moves only when a later one exceeds it by
+// 8, so that sums are seldom rescaled (FlashAttention-4) and p ≤ 2^8. Σp of the unrounded p;
+// p rounded to bf16 before P·V; f32 sums over keys. For a negative scale Q's signs are flipped. A
+// hidden key has p = 0 exactly, a row decides on its base by itself, and a factor of a row
+// that has not moved is exactly 1: a query's bits depend on its own sequence only.
+// Unaligned rows are loaded element by element into the same tiles.
+//
+// ptxas (sm_80 / sm_90), registers: D = 64 144 / 165, 72 151 / 167, 80 158 / 167, 128 216 / 241,
+// 256 238 / 244, 512 143 / 145; no spills. The loop without masks at D = 64 has 346 / 343
+// instructions, 64 of them HMMA; without the rescaling that it mostly skips, 308 / 305: 21 % are HMMA.
+#pragma once
+
+#include "attention.cuh"
+
+namespace {
+
+template <bool B> struct Const {
+	static constexpr bool value = B;
+};
+
+template <int D_, int BN_, int STRIPS_, int SPLIT_> struct Plan {
+	static constexpr int D = D_, BN = BN_, STRIPS = STRIPS_, SPLIT = SPLIT_;
+	static constexpr int ROWS = 16 * STRIPS, THREADS = 32 * STRIPS * SPLIT;
+	static constexpr int PITCH = D / 8 % 2 ? D : D + 8;
+	static constexpr int COLS = D / SPLIT;    // output columns of a warp
+	static constexpr bool KEEP_Q = D <= 128;  // in registers
+	struct Tile {
+		bf16 k[BN][PITCH], v[BN][PITCH];
+	};
+	struct Smem {
+		bf16 q[ROWS][PITCH];
+		Tile tile[2];
+	};
+};
+
+// Copier moves tiles of rows into shared memory: thread t takes 16-byte unit t mod (D/8) of every
+// (THREADS/(D/8))-th row. Rows past the last are copies of the last: keys there are masked (and their
+// values multiplied by 0), queries there are not stored. That costs one minimum per row,
+// no branch.
+template <class P, bool VEC> struct Copier {
+	static constexpr int UNITS = P::D / 8, PASS = P::THREADS / UNITS; // rows in one pass
+	int row, col, at, bytes, dh;
+	MARGO_DEVICE explicit Copier(int dh)
+	    : row(int(threadIdx.x / UNITS)), col(int(threadIdx.x % UNITS * 8)), at(row * P::PITCH + col), bytes(col < dh ? 16 : 0), dh(dh) {
+		keep(row), keep(at), keep(bytes);
+	}
+	// rows calls f(r, i) for this thread's rows r of a tile of N, with i = min(first + r, last).
+	template <int N, class F> MARGO_DEVICE void rows(int first, int last, F f) const {
+		if (PASS * UNITS < P::THREADS && row >= PASS) return;
+#pragma unroll VEC ? (N + PASS - 1) / PASS : 1
+		for (int r = 0; r < N; r += PASS)
+			if (N % PASS == 0 || r + row < N) f(r, first + r + row < last ? first + r + row : last);
+	}
+	// unit copies 8 columns of a row to row r + (this thread's first) of a tile; src: column col of row 0.
+	MARGO_DEVICE void unit(bf16 *dst, int r, const bf16 *src, int row, int ld) const {
+		dst += at + r * P::PITCH;
+		if (VEC) {
+			gpu::cp_async16(dst, reinterpret_cast<const char *>(src) + int64_t(row) * (2 * ld), bytes);
+		} else {
+			src += int64_t(row) * ld;
+#pragma unroll
+			for (int i = 0; i < 8; i++) dst[i] = col + i < dh ? src[i] : bf16{0};
+		}
+	}
+};
+
+// Strip is the state of a warp: 16 queries.
+template <class P> struct Strip {
+	static constexpr int K16 = P::D / 16, NT = P::BN / 8, OT = P::COLS / 8;
+	uint32_t q[P::KEEP_Q ? K16 : 1][4], qt[2]; // qt: the last 8 columns, if D is no multiple of 16
+	float o[OT][4], base[2], sum[2];           // of rows g and g+8: Σ pV, the exponent that p is relative to, this lane's Σp
+	float c;                                   // 2^(c·s)
+	int visible[2];                            // keys that the rows see
+	int at_q, at_k, at_kt, at_v, t2;           // what this lane reads first of q, k (and its last columns) and v; its first column
+
+	MARGO_DEVICE Strip(int strip, int col0) {
+		const int lane = int(threadIdx.x % 32);
+		at_q = (strip * 16 + (lane & 15)) * P::PITCH + (lane >> 4) * 8;
+		at_k = ((lane >> 4) * 8 + (lane & 7)) * P::PITCH + (lane >> 3 & 1) * 8;
+		at_kt = lane * P::PITCH + K16 * 16;
+		at_v = (lane & 15) * P::PITCH + col0 + (lane >> 4) * 8;
+		t2 = 2 * (lane & 3);
+		keep(at_k), keep(at_v);
+	}
+
+	// step takes in one tile; at is its first key.
+	template <bool MASK> MARGO_DEVICE void step(const bf16 (&qs)[P::ROWS][P::PITCH], const typename P::Tile &tile, int at) {
+		float s[NT][4];
+#pragma unroll
+		for (int n = 0; n < NT; n++)
+#pragma unroll
+			for (int i = 0; i < 4; i++) s[n][i] = 0;
+		const bf16 *krow = &tile.k[0][0] + at_k;
+#pragma unroll
+		for (int kk = 0; kk < K16; kk++) {
+			if (!P::KEEP_Q) gpu::ldmatrix_x4(q[0], &qs[0][0] + at_q + kk * 16);
+#pragma unroll
+			for (int n = 0; n < NT; n += 2) {
+				uint32_t b[4];
+				gpu::ldmatrix_x4(b, krow + n * 8 * P::PITCH + kk * 16);
+				const uint32_t b0[2] = {b[0], b[1]}, b1[2] = {b[2], b[3]};
+				gpu::mma_bf16(s[n], q[P::KEEP_Q ? kk : 0], b0);
+				gpu::mma_bf16(s[n + 1], q[P::KEEP_Q ? kk : 0], b1);
+			}
+		}
+		if constexpr (P::D % 16 != 0) {
+#pragma unroll
+			for (int n = 0; n < NT; n += 4) {
+				uint32_t b[4];
+				gpu::ldmatrix_x4(b, &tile.k[0][0] + at_kt + n * 8 * P::PITCH);
+#pragma unroll
+				for (int i = 0; i < 4; i++) gpu::mma_bf16_k8(s[n + i], qt, b[i]);
+			}
+		}
+		if (MASK) {
+#pragma unroll
+			for (int n = 0; n < NT; n++)
+#pragma unroll
+				for (int i = 0; i < 4; i++)
+					if (at + n * 8 + t2 + i % 2 >= visible[i / 2]) s[n][i] = -INFINITY;
+		}
+		float old[2] = {base[0], base[1]};
+#pragma unroll
+		for (int h = 0; h < 2; h++) {
+			float m = fmaxf(s[0][2 * h], s[0][2 * h + 1]);
+#pragma unroll
+			for (int n = 1; n < NT; n++) m = fmaxf(m, fmaxf(s[n][2 * h], s[n][2 * h + 1]));
+			m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 1));
+			m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 2));
+			if (fmaf(m, c, -base[h]) > 8.0f) base[h] = m * c; // p may reach 2^8 before sums are rescaled
+		}
+		if (__any_sync(0xffffffffu, base[0] != old[0] || base[1] != old[1])) {
+#pragma unroll
+			for (int h = 0; h < 2; h++) {
+				float shrink = gpu::exp2_fast(old[h] - base[h]);
+				sum[h] *= shrink;
+#pragma unroll
+				for (int n = 0; n < OT; n++) o[n][2 * h] *= shrink, o[n][2 * h + 1] *= shrink;
+			}
+		}
+#pragma unroll
+		for (int n = 0; n < NT; n++)
+#pragma unroll
+			for (int i = 0; i < 4; i++) {
+				s[n][i] = gpu::exp2_fast(fmaf(s[n][i], c, -base[i / 2]));
+				sum[i / 2] += s[n][i];
+			}
+		const bf16 *vrow = &tile.v[0][0] + at_v;
+#pragma unroll
+		for (int kk = 0; kk < P::BN / 16; kk++) {
+			const uint32_t p[4] = {gpu::pack_bf16(s[2 * kk][0], s[2 * kk][1]), gpu::pack_bf16(s[2 * kk][2], s[2 * kk][3]),
+			                       gpu::pack_bf16(s[2 * kk + 1][0], s[2 * kk + 1][1]), gpu::pack_bf16(s[2 * kk + 1][2], s[2 * kk + 1][3])};
+			if constexpr (OT % 2 != 0) { // the odd tile first: what lanes 16 … 31 point at exists, too
+				uint32_t b[2];
+				gpu::ldmatrix_x2_t(b, vrow + kk * 16 * P::PITCH);
+				gpu::mma_bf16(o[0], p, b);
+			}
+#pragma unroll
+			for (int n = OT % 2; n < OT; n += 2) {
+				uint32_t b[4];
+				gpu::ldmatrix_x4_t(b, vrow + kk * 16 * P::PITCH + n * 8);
+				const uint32_t b0[2] = {b[0], b[1]}, b1[2] = {b[2], b[3]};
+				gpu::mma_bf16(o[n], p, b0);
+				gpu::mma_bf16(o[n + 1], p, b1);
+			}
+		}
+	}
+};
+
+template <class P, bool VEC, bool PAGED> __global__ void __launch_bounds__(P::THREADS, P::D <= 80 ? 3 : 1) attention_kernel(Attention p) {
+	typename P::Smem &sm = gpu::smem<typename P::Smem>();
+	const Span span(p, int(blockIdx.z));
+	const int first = int(blockIdx.x) * P::ROWS, head = int(blockIdx.y);
+	if (first >= span.queries) return;
+	const int rows = span.queries - first < P::ROWS ? span.queries - first : P::ROWS;
+	const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, strip = warp / P::SPLIT, col0 = warp % P::SPLIT * P::COLS;
+	const int keys = span.visible(p, first + rows - 1), whole = span.visible(p, first) / P::BN; // tiles without masks
+	const Copier<P, VEC> copier(p.dh);
+	const Rows<PAGED> map(p, span, int(blockIdx.z));
+	const bf16 *k = static_cast<const bf16 *>(p.k) + head * p.dh + copier.col, *v = static_cast<const bf16 *>(p.v) + head * p.dh + copier.col;
+	if (!PAGED) k += int64_t(span.k0) * p.ldk, v += int64_t(span.k0) * p.ldv;
+	keep(k), keep(v);
+	auto fetch = [&](int stage, int at) { // starts the copy of the tile that begins with key at
+		bf16 *to = &sm.tile[stage].k[0][0];
+		copier.template rows<P::BN>(at, span.keys - 1, [&](int r, int i) {
+			int row = PAGED ? map(i) : i;
+			copier.unit(to, r, k, row, p.ldk);
+			copier.unit(to + P::BN * P::PITCH, r, v, row, p.ldv);
+		});
+	};
+	const bf16 *q = static_cast<const bf16 *>(p.q) + int64_t(span.q0 + first) * p.ldq + head * p.dh + copier.col;
+	copier.template rows<P::ROWS>(0, rows - 1, [&](int r, int i) { copier.unit(&sm.q[0][0], r, q, i, p.ldq); });
+	if (keys > 0) fetch(0, 0);
+	gpu::cp_async_commit();
+	gpu::cp_async_wait<0>();
+	__syncthreads();
+
+	if (p.scale < 0) { // then the largest score is that of the smallest product
+		for (int i = int(threadIdx.x); i < P::ROWS * P::D; i += P::THREADS) sm.q[i / P::D][i % P::D].bits ^= 0x8000;
+		__syncthreads();
+	}
+	Strip<P> w(strip, col0);
+	if constexpr (P::KEEP_Q) {
+#pragma unroll
+		for (int kk = 0; kk < P::D / 16; kk++) gpu::ldmatrix_x4(w.q[kk], &sm.q[0][0] + w.at_q + kk * 16);
+		if constexpr (P::D % 16 != 0) gpu::ldmatrix_x2(w.qt, &sm.q[strip * 16 + lane % 16][P::D - 8]);
+	}
+#pragma unroll
+	for (int n = 0; n < Strip<P>::OT; n++)
+#pragma unroll
+		for (int i = 0; i < 4; i++) w.o[n][i] = 0;
+	w.c = fmaxf(fabsf(p.scale) * 1.4426950408889634f, 1.17549435e-38f); // not 0: -inf·0 is NaN
+#pragma unroll
+	for (int h = 0; h < 2; h++) {
+		int row = strip * 16 + h * 8 + lane / 4;
+		w.base[h] = -3e38f, w.sum[h] = 0, w.visible[h] = row < rows ? span.visible(p, first + row) : 0;
+	}
+
+	int at = 0, stage = 0;
+	auto step = [&](auto mask) { // when the tile has come and its predecessor is done with, fetches the successor
+		gpu::cp_async_wait<0>();
+		__syncthreads();
+		if (at + P::BN < keys) fetch(stage ^ 1, at + P::BN);
+		gpu::cp_async_commit();
+		w.template step<decltype(mask)::value>(sm.q, sm.tile[stage], at);
+		at += P::BN, stage ^= 1;
+	};
+#pragma unroll 1
+	while (at < whole * P::BN) step(Const<false>{});
+#pragma unroll 1
+	while (at < keys) step(Const<true>{});
+
+	__syncthreads(); // Q is not needed any more: its rows take O
+	uint32_t bad[2];
+#pragma unroll
+	for (int h = 0; h < 2; h++) {
+		float sum = w.sum[h];
+		sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+		sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+		float inverse = 1.0f / sum;
+		bool ok = true;
+#pragma unroll
+		for (int n = 0; n < Strip<P>::OT; n++) {
+			float a = w.o[n][2 * h] * inverse, b = w.o[n][2 * h + 1] * inverse;
+			ok = ok && finite(a) && finite(b);
+			if (w.visible[h] == 0) a = b = 0;
+			*reinterpret_cast<uint32_t *>(&sm.q[strip * 16 + h * 8 + lane / 4][col0 + n * 8 + lane % 4 * 2]) = gpu::pack_bf16(a, b);
+		}
+		bad[h] = __ballot_sync(0xffffffffu, w.visible[h] > 0 && !ok);
+	}
+	__syncwarp();
+	for (int i = lane; i < 16 * P::COLS / 8; i += 32) {
+		int row = strip * 16 + i / (P::COLS / 8), col = col0 + i % (P::COLS / 8) * 8;
+		if (row >= rows || col >= p.dh) continue;
+		bf16 *o = static_cast<bf16 *>(p.o) + int64_t(span.q0 + first + row) * p.ldo + head * p.dh + col;
+		if (VEC) {
+			*reinterpret_cast<uint4 *>(o) = *reinterpret_cast<const uint4 *>(&sm.q[row][col]);
+		} else {
+			for (int j = 0; j < 8 && col + j < p.dh; j++) o[j] = sm.q[row][col + j];
+		}
+	}
+	if (bad[0] | bad[1]) {
+		__syncwarp(); // the rows are written again, by other lanes
+		for (int r = 0; r < 16; r++)
+			if ((r < 8 ? bad[0] : bad[1]) >> (r % 8 * 4) & 15) redo<bf16, P::D>(p, span, map, head, first + strip * 16 + r, col0, col0 + P::COLS);
+	}
+}
+
+template <class P, bool PAGED> margo_status launch_bf16(margo_stream *st, const char *name, const Attention &p, const margo_attention_args *a, bool vec) {
+	return run(st, name, vec ? attention_kernel<P, true, PAGED> : attention_kernel<P, false, PAGED>, attention_grid(a, P::ROWS), dim3(P::THREADS),
+	           sizeof(typename P::Smem), p);
+}
+
+} // namespace
+
+template <bool PAGED> margo_status attention_bf16(margo_stream *st, const Attention &p, const margo_attention_args *a) {
+	bool vec = p.dh % 8 == 0 && aligned(a->q, 16) && aligned(a->k, 16) && aligned(a->v, 16) && aligned(a->o, 16);
+	if (p.dh <= 16) return launch_bf16<Plan<16, 64, 4, 1>, PAGED>(st, PAGED ? "attention_paged_16" : "attention_16", p, a, vec);
+	if (p.dh <= 32) return launch_bf16<Plan<32, 64, 4, 1>, PAGED>(st, PAGED ? "attention_paged_32" : "attention_32", p, a, vec);
+	if (p.dh <= 48) return launch_bf16<Plan<48, 64, 4, 1>, PAGED>(st, PAGED ? "attention_paged_48" : "attention_48", p, a, vec);
+	if (p.dh <= 64) return launch_bf16<Plan<64, 64, 4, 1>, PAGED>(st, PAGED ? "attention_paged_64" : "attention_64", p, a, vec);
+	if (p.dh <= 72) return launch_bf16<Plan<72, 64, 4, 1>, PAGED>(st, PAGED ? "attention_paged_72" : "attention_72", p, a, vec);
+	if (p.dh <= 80) return launch_bf16<Plan<80, 64, 4, 1>, PAGED>(st, PAGED ? "attention_paged_80" : "attention_80", p, a, vec);
+	if (p.dh <= 96) return launch_bf16<Plan<96, 64, 4, 1>, PAGED>(st, PAGED ? "attention_paged_96" : "attention_96", p, a, vec);
+	if (p.dh <= 128) return launch_bf16<Plan<128, 64, 4, 1>, PAGED>(st, PAGED ? "attention_paged_128" : "attention_128", p, a, vec);
+	if (p.dh <= 192) return launch_bf16<Plan<192, 32, 4, 1>, PAGED>(st, PAGED ? "attention_paged_192" : "attention_192", p, a, vec);
+	if (p.dh <= 256) return launch_bf16<Plan<256, 32, 4, 1>, PAGED>(st, PAGED ? "attention_paged_256" : "attention_256", p, a, vec);
+	if (p.dh <= 512) return launch_bf16<Plan<512, 16, 2, 4>, PAGED>(st, PAGED ? "attention_paged_512" : "attention_512", p, a, vec);
+	return fail(st->ctx, MARGO_UNSUPPORTED, "attention: heads of %d columns, at most 512", p.dh);
+}
