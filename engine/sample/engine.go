@@ -8,7 +8,7 @@ import (
 	"time"
 
 	"margo/engine"
-	"margo/engine/diffusion"
+	"margo/engine/dit"
 	"margo/engine/mar"
 )
 
@@ -25,14 +25,14 @@ type Options struct {
 	Profile     bool         // measure Parts: waits for the device after each stage
 }
 
-// Parts is where the time of a run went. Rest is what the others leave: plans,
-// uploads, results.
-type Parts struct{ Encoder, Decoder, Head, Tokenizer, Rest time.Duration }
+// Parts is where the time of a run went: of a MAR in Encoder, Decoder and Head, of a
+// DiT in Denoiser. Rest is what the others leave: plans, uploads, results.
+type Parts struct{ Encoder, Decoder, Head, Denoiser, Tokenizer, Rest time.Duration }
 
-// Engine samples from one model on one device. One run at a time; further calls
+// Engine samples from one model, a MAR or a DiT, on one device. One run at a time; further calls
 // wait. The model, the tokenizer and the device stay the caller's.
 type Engine struct {
-	model *mar.Model
+	model family
 	tok   Decoder
 	dev   engine.Device
 	opt   Options
@@ -42,11 +42,20 @@ type Engine struct {
 	parts Parts
 }
 
-// Open prepares sampling from a loaded model. tok may be nil: images then have
+// Open prepares sampling from a loaded MAR. tok may be nil: images then have
 // tokens but no pixels, unless tokens are pixels themselves (P49). Fails with
 // Invalid if a parameter has no value.
 func Open(m *mar.Model, tok Decoder, dev engine.Device, o Options) (*Engine, error) {
-	if err := m.Loaded(); err != nil {
+	return open(marFamily{m}, tok, dev, o)
+}
+
+// OpenDiT is Open for a DiT.
+func OpenDiT(m *dit.Model, tok Decoder, dev engine.Device, o Options) (*Engine, error) {
+	return open(ditFamily{m}, tok, dev, o)
+}
+
+func open(m family, tok Decoder, dev engine.Device, o Options) (*Engine, error) {
+	if err := m.loaded(); err != nil {
 		return nil, err
 	}
 	if t, ok := tok.(interface{ LatentScale() float32 }); ok && o.LatentScale == 0 {
@@ -92,14 +101,10 @@ func (e *Engine) Run(ctx context.Context, r Request, progress func(Progress), si
 	if e.c == nil {
 		return engine.Errorf("sample", engine.Invalid, "the engine is closed")
 	}
-	if err := r.validate(&e.model.Config); err != nil {
+	if err := r.validate(e.model); err != nil {
 		return err
 	}
-	proc, err := diffusion.MAR(r.HeadSteps, r.MaxTimestep)
-	if err != nil {
-		return err
-	}
-	est, err := e.estimate(&r, proc)
+	est, err := e.estimate(&r)
 	if err != nil {
 		return err
 	}
@@ -119,16 +124,16 @@ func (e *Engine) Run(ctx context.Context, r Request, progress func(Progress), si
 	}
 	start := time.Now()
 	e.parts = Parts{}
-	w := &run{model: e.model, tok: e.tok, opt: e.opt, r: &r, c: c, proc: proc, set: e.dev.Info().WorkingSet}
+	w := e.newRun(&r, c)
 	w.clock.on = e.opt.Profile
 	p := newMeter(progress, start, &r, est)
 	for done := 0; done < r.N; {
 		n := min(r.Batch, r.N-done)
-		b, err := newBatch(&e.model.Config, &r, r.FirstIndex+done, n)
+		t, err := e.model.schedule(&r, r.FirstIndex+done, n)
 		if err != nil {
 			return err
 		}
-		images, err := w.batch(b, func(iter int) { p.tell(done, n, iter) })
+		images, err := w.batch(t, r.FirstIndex+done, n, func(iter int) { p.tell(done, n, iter) })
 		if err != nil {
 			return err
 		}
@@ -144,8 +149,12 @@ func (e *Engine) Run(ctx context.Context, r Request, progress func(Progress), si
 		}
 	}
 	e.parts = w.clock.parts
-	e.parts.Rest = time.Since(start) - e.parts.Encoder - e.parts.Decoder - e.parts.Head - e.parts.Tokenizer
+	e.parts.Rest = time.Since(start) - e.parts.Encoder - e.parts.Decoder - e.parts.Head - e.parts.Denoiser - e.parts.Tokenizer
 	return nil
+}
+
+func (e *Engine) newRun(r *Request, c *engine.Ctx) *run {
+	return &run{shape: e.model.shape(), tok: e.tok, opt: e.opt, r: r, c: c, set: e.dev.Info().WorkingSet}
 }
 
 // finish brings the context back to where a run may begin and says Cancelled in

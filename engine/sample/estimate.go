@@ -4,7 +4,6 @@ import (
 	"time"
 
 	"margo/engine"
-	"margo/engine/diffusion"
 	"margo/engine/plan"
 )
 
@@ -12,6 +11,7 @@ import (
 type Estimate struct {
 	Activations int64       // bytes of device memory beside the parameters, at the peak
 	Work        plan.Report // launches, FLOPs and traffic of the batch
+	steps       int         // iterations of a batch
 	perIter     []float64   // FLOPs done after each iteration, as a share of the batch
 	iters       []int       // Request.Iters' number of each
 }
@@ -22,21 +22,18 @@ const headScratch = 64 << 20
 
 // Estimate counts what r takes without running it.
 func (e *Engine) Estimate(r Request) (Estimate, error) {
-	if err := r.validate(&e.model.Config); err != nil {
+	if err := r.validate(e.model); err != nil {
 		return Estimate{}, err
 	}
-	proc, err := diffusion.MAR(r.HeadSteps, r.MaxTimestep)
-	if err != nil {
-		return Estimate{}, err
-	}
-	return e.estimate(&r, proc)
+	return e.estimate(&r)
 }
 
-func (e *Engine) estimate(r *Request, proc *diffusion.Process) (est Estimate, err error) {
+func (e *Engine) estimate(r *Request) (est Estimate, err error) {
 	dry := *r
 	dry.Draws, dry.AfterIterate = nil, nil // the order is known, the rest does not change the work
 	orders := *r
-	b, err := newBatch(&e.model.Config, &orders, r.FirstIndex, min(r.Batch, r.N))
+	n := min(r.Batch, r.N)
+	t, err := e.model.schedule(&orders, r.FirstIndex, n)
 	if err != nil {
 		return est, err
 	}
@@ -46,8 +43,9 @@ func (e *Engine) estimate(r *Request, proc *diffusion.Process) (est Estimate, er
 		return est, err
 	}
 	defer c.Close()
-	w := &run{model: e.model, tok: e.tok, opt: e.opt, r: &dry, c: c, proc: proc, set: e.dev.Info().WorkingSet}
-	_, err = w.batch(b, func(iter int) {
+	w := e.newRun(&dry, c)
+	est.steps = t.steps()
+	_, err = w.batch(t, r.FirstIndex, n, func(iter int) {
 		est.iters = append(est.iters, iter)
 		est.perIter = append(est.perIter, float64(dev.Report().Total().FLOPs()))
 	})
@@ -89,7 +87,7 @@ func (m *meter) tell(done, n, iter int) {
 	if m.f == nil {
 		return
 	}
-	p := Progress{Done: done, Total: m.r.N, Iter: iter, Iters: m.r.Iters, Elapsed: time.Since(m.start)}
+	p := Progress{Done: done, Total: m.r.N, Iter: iter, Iters: m.est.steps, Elapsed: time.Since(m.start)}
 	share := 0.0
 	for i, k := range m.est.iters {
 		if k <= iter {

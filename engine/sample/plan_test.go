@@ -48,7 +48,7 @@ func TestSavings(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	authors := mar.CountFLOPs(&e.model.Config, 64, 100, true).Total()
+	authors := mar.CountFLOPs(&e.model.(marFamily).model.Config, 64, 100, true).Total()
 	share := float64(est.Work.Total().FLOPs()) / 4 / authors
 	if share < 0.90 || share > 0.94 {
 		t.Errorf("%.3f of the authors' FLOPs", share)

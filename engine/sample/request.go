@@ -6,7 +6,6 @@ import (
 
 	"margo/engine"
 	"margo/engine/diffusion"
-	"margo/engine/mar"
 )
 
 // Schedules of guidance over the iterations (P54).
@@ -15,20 +14,38 @@ const (
 	Constant = "constant"
 )
 
+// Samplers of a DiT, and what its guidance covers: the first three channels as the
+// authors' (DiT models.py forward_with_cfg), or all as in diffusers.
+const (
+	DDPM       = "ddpm"
+	DDIM       = "ddim"
+	GuideThree = "3"
+	GuideAll   = "all"
+)
+
 // Request says what to sample. All fields are taken as they are: start from
 // Defaults.
 type Request struct {
-	Labels       []int // image i has class Labels[i mod len]; -1, or no labels: unconditional
-	N            int   // images FirstIndex … FirstIndex+N-1
-	FirstIndex   int
-	Batch        int // images made together; changes speed and memory, not images
-	Iters        int // autoregressive iterations
-	HeadSteps    int // diffusion steps of the head, from MaxTimestep down to 0
-	MaxTimestep  int
-	CFG          float64 // ω; 1: no guidance
-	CFGSchedule  string  // Linear or Constant
-	Temperature  float64 // of the noise of the head's steps (P9)
-	Seed         uint64
+	Labels      []int // image i has class Labels[i mod len]; -1, or no labels: unconditional
+	N           int   // images FirstIndex … FirstIndex+N-1
+	FirstIndex  int
+	Batch       int     // images made together; changes speed and memory, not images
+	CFG         float64 // ω; 1: no guidance
+	Temperature float64 // of the noise of the reverse steps (P9)
+	Seed        uint64
+
+	// Of a MAR.
+	Iters       int // autoregressive iterations
+	HeadSteps   int // diffusion steps of the head, from MaxTimestep down to 0
+	MaxTimestep int
+	CFGSchedule string // Linear or Constant
+
+	// Of a DiT.
+	Steps       string  // respacing as diffusion.Respace takes it: a count, counts of sections, or ddimN
+	Sampler     string  // DDPM or DDIM
+	Eta         float64 // of DDIM, 0 to 1
+	CFGChannels string  // GuideThree or GuideAll
+
 	Known        *Known                           // in- and outpainting: what is known already
 	Draws        Draws                            // nil: the generator
 	Only         []int                            // for timing: run these iterations alone; the others' tokens stay 0
@@ -45,7 +62,8 @@ type Known struct {
 // guidance.
 func Defaults() Request {
 	return Request{N: 1, Batch: 1, Iters: 64, HeadSteps: 100, MaxTimestep: diffusion.TrainSteps - 1,
-		CFG: 1, CFGSchedule: Linear, Temperature: 1}
+		CFG: 1, CFGSchedule: Linear, Temperature: 1,
+		Steps: "250", Sampler: DDPM, CFGChannels: GuideThree}
 }
 
 // Image is a finished image.
@@ -74,46 +92,57 @@ func (r *Request) class(i int) int {
 	return r.Labels[i%len(r.Labels)]
 }
 
+func invalid(format string, a ...any) error {
+	return engine.Errorf("sample", engine.Invalid, format, a...)
+}
+
+func finite(v float64) bool { return !math.IsNaN(v) && !math.IsInf(v, 0) }
+
 // validate reports the first setting that cannot be, for a model.
-func (r *Request) validate(cfg *mar.Config) error {
-	bad := func(format string, a ...any) error { return engine.Errorf("sample", engine.Invalid, format, a...) }
-	finite := func(v float64) bool { return !math.IsNaN(v) && !math.IsInf(v, 0) }
-	l := cfg.Tokens()
+func (r *Request) validate(m family) error {
 	switch {
 	case r.N < 1:
-		return bad("%d images", r.N)
+		return invalid("%d images", r.N)
 	case r.Batch < 1:
-		return bad("batch of %d", r.Batch)
+		return invalid("batch of %d", r.Batch)
 	case r.FirstIndex < 0 || int64(r.FirstIndex)+int64(r.N) > 1<<32:
-		return bad("images %d to %d; indices go from 0 to 2^32-1", r.FirstIndex, r.FirstIndex+r.N-1)
-	case r.Iters < 1 || r.Iters > 1<<20:
-		return bad("%d iterations", r.Iters)
+		return invalid("images %d to %d; indices go from 0 to 2^32-1", r.FirstIndex, r.FirstIndex+r.N-1)
 	case !finite(r.CFG) || math.Abs(r.CFG) > 1e6:
-		return bad("guidance %g", r.CFG)
-	case r.CFGSchedule != Linear && r.CFGSchedule != Constant:
-		return bad("guidance schedule %q; there are %q and %q", r.CFGSchedule, Linear, Constant)
+		return invalid("guidance %g", r.CFG)
 	case !finite(r.Temperature) || r.Temperature < 0 || r.Temperature > 1e6:
-		return bad("temperature %g", r.Temperature)
+		return invalid("temperature %g", r.Temperature)
 	}
 	for _, k := range r.Labels {
-		if k < -1 || k >= cfg.ClassNum {
-			return bad("class %d; the model has 0 to %d, and -1 for none", k, cfg.ClassNum-1)
+		if n := m.shape().classes; k < -1 || k >= n {
+			return invalid("class %d; the model has 0 to %d, and -1 for none", k, n-1)
 		}
+	}
+	return m.check(r)
+}
+
+func (f marFamily) check(r *Request) error {
+	cfg := &f.model.Config
+	l := cfg.Tokens()
+	switch {
+	case r.Iters < 1 || r.Iters > 1<<20:
+		return invalid("%d iterations", r.Iters)
+	case r.CFGSchedule != Linear && r.CFGSchedule != Constant:
+		return invalid("guidance schedule %q; there are %q and %q", r.CFGSchedule, Linear, Constant)
 	}
 	if k := r.Known; k != nil {
 		if len(k.Unknown) != l || len(k.Tokens) != l*cfg.TokenDim() {
-			return bad("the known image has %d positions and %d token values, the model %d and %d",
+			return invalid("the known image has %d positions and %d token values, the model %d and %d",
 				len(k.Unknown), len(k.Tokens), l, l*cfg.TokenDim())
 		}
 		for i, v := range k.Tokens {
 			if !k.Unknown[i/cfg.TokenDim()] && !finite(float64(v)) {
-				return bad("the known token %d is not finite", i/cfg.TokenDim())
+				return invalid("the known token %d is not finite", i/cfg.TokenDim())
 			}
 		}
 	}
 	for _, s := range r.Only {
 		if s < 0 || s >= r.Iters {
-			return bad("iteration %d of %d", s, r.Iters)
+			return invalid("iteration %d of %d", s, r.Iters)
 		}
 	}
 	return nil

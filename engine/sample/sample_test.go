@@ -372,18 +372,19 @@ func TestPixelTokens(t *testing.T) {
 
 // Tokens out of range, or not numbers at all, are told with the cure.
 func TestWarning(t *testing.T) {
-	w := run{r: &Request{MaxTimestep: 999}}
-	if s := w.warning(5); s != "" {
+	task := &marTask{last: 999}
+	if s := warning(5, task); s != "" {
 		t.Error(s)
 	}
 	for _, v := range []float32{1800, float32(math.NaN()), float32(math.Inf(1))} {
-		if s := w.warning(v); !strings.Contains(s, "--max-timestep 950") {
+		if s := warning(v, task); !strings.Contains(s, "--max-timestep 950") {
 			t.Errorf("%g: %q", v, s)
 		}
 	}
-	w.r.MaxTimestep = 950
-	if s := w.warning(1800); s == "" || strings.Contains(s, "950") {
-		t.Errorf("%q", s)
+	for _, other := range []interface{ advice() string }{&marTask{last: 950}, &ditTask{}} {
+		if s := warning(1800, other); s == "" || strings.Contains(s, "950") {
+			t.Errorf("%q", s)
+		}
 	}
 	dev := ref.New(ref.Rounded)
 	e := openEngine(t, loadTiny(t, "mar_tiny", dev, engine.F32), dev, engine.F32) // untrained
