@@ -18,6 +18,8 @@ margo_status op_attention(margo_stream *st, const margo_attention_args *a) {
 			return fail(st->ctx, MARGO_INVALID, "attention: %lld rows in blocks of %lld for %lld sequences, table for %lld", (long long)a->k.rows,
 			            (long long)a->block_size, (long long)a->seqs, (long long)a->blocks.rows);
 		p.block_count = int(a->k.rows / a->block_size);
+		MARGO_TRY(attention_decode(st, p, a)); // sequences of one query
+		if (a->max_q <= 1) return MARGO_OK;
 	}
 	if (a->q.dtype == MARGO_F32) return attention_f32(st, p, a);
 	return p.blocks ? attention_bf16<true>(st, p, a) : attention_bf16<false>(st, p, a);

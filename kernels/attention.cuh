@@ -22,6 +22,7 @@ struct Attention {
 
 // The kernels' launches; grid: tiles of rows queries × heads × sequences.
 margo_status attention_f32(margo_stream *, const Attention &, const margo_attention_args *);
+margo_status attention_decode(margo_stream *, const Attention &, const margo_attention_args *); // paged sequences of one query
 template <bool PAGED> margo_status attention_bf16(margo_stream *, const Attention &, const margo_attention_args *);
 inline dim3 attention_grid(const margo_attention_args *a, int rows) {
 	return dim3(unsigned(ceil_div(a->max_q, rows)), unsigned(a->heads), unsigned(a->seqs));

@@ -56,7 +56,7 @@ template <int NC, bool PAGED> __global__ void __launch_bounds__(THREADS) attenti
 	Smem &sm = gpu::smem<Smem>();
 	const Span span(p, int(blockIdx.z));
 	const int first = int(blockIdx.x) * TILE, head = int(blockIdx.y), ty = int(threadIdx.x) / 16, tx = int(threadIdx.x) % 16;
-	if (first >= span.queries) return;
+	if (first >= span.queries || (PAGED && span.queries == 1)) return; // one query: attention_decode.cu
 	const int rows = span.queries - first < TILE ? span.queries - first : TILE, keys = span.visible(p, first + rows - 1);
 	const float *q = static_cast<const float *>(p.q) + int64_t(span.q0 + first) * p.ldq + head * p.dh;
 	const float *k = static_cast<const float *>(p.k) + head * p.dh, *v = static_cast<const float *>(p.v) + head * p.dh;

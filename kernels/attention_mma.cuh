@@ -1,6 +1,7 @@
 // attention_mma.cuh: fused attention forward in bf16 on tensor cores (mma.sync), one pass over the keys
 // with an online softmax (FlashAttention-2). attention.cu compiles it for sequences whose keys
-// are rows in a row, attention_paged.cu for caches of blocks.
+// are rows in a row, attention_paged.cu for caches of blocks (where attention_decode.cu takes
+// sequences of one query).
 //
 // Mapping. A block computes 16·STRIPS queries of one head of one sequence: warp w owns the 16
 // queries of strip w/SPLIT and D/SPLIT columns of the output (SPLIT > 1 only for heads too wide
@@ -193,7 +194,7 @@ template <class P, bool VEC, bool PAGED> __global__ void __launch_bounds__(P::TH
 	typename P::Smem &sm = gpu::smem<typename P::Smem>();
 	const Span span(p, int(blockIdx.z));
 	const int first = int(blockIdx.x) * P::ROWS, head = int(blockIdx.y);
-	if (first >= span.queries) return;
+	if (first >= span.queries || (PAGED && span.queries == 1)) return; // one query: attention_decode.cu
 	const int rows = span.queries - first < P::ROWS ? span.queries - first : P::ROWS;
 	const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, strip = warp / P::SPLIT, col0 = warp % P::SPLIT * P::COLS;
 	const int keys = span.visible(p, first + rows - 1), whole = span.visible(p, first) / P::BN; // tiles without masks

@@ -6,7 +6,7 @@
 // Philox block and a thread, and that the cumulative sum is taken in order.
 //
 // Selection without sorting. With e_k = exp(a_k − max a) as bits of a double (numbers ≥ 0 are ordered like
-// their bits), the k-th largest e is found bit by bit from the top, counting in each of 63 rounds how many
+// their bits), the k-th largest e is found bit by bit from the top, counting in each of 62 rounds how many
 // e are at least a candidate; top-p likewise with the sum of the e above it. Equal logits have equal e and
 // stay or go together. e lies in shared memory if it fits, else it is computed anew in each round.
 // (Where e is 0 it separates no more, but such a category is never drawn: its share is below 2^-1000.)
@@ -16,7 +16,7 @@
 // rounds are not fused.
 //
 // Shared memory: 112 bytes for reductions, and 8·K where a block may have as much (K up to 20000 on
-// sm_80, 29000 on sm_90). ptxas (sm_80, sm_90): 64 registers, no spills.
+// sm_80, 29000 on sm_90). ptxas (sm_80, sm_90): at most 76 registers, no spills.
 #include <math.h>
 
 #include "plugin.h"
