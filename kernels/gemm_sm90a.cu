@@ -205,17 +205,21 @@ template <int WGS, int BN, int S> margo_status launch_tiles(margo_stream *st, co
 	return run(st, name, gemm_wgmma<WGS, BN, S>, dim3(unsigned(tiles < most ? tiles : most)), dim3(WGS * 128 + 128), sizeof(Memory<WGS, BN, S>) + 1024, xmap, wmap, p);
 }
 
-// choose_tile takes the tile with the least estimated time: rounds of all multiprocessors, times the work of a tile,
-// times what a smaller tile costs more for an output (its operands' traffic).
-int choose_tile(int64_t m, int64_t n, int64_t sms) {
+// choose_tile takes the tile with the least estimated time: the outputs that the busiest multiprocessor computes,
+// times what an output costs in that tile. Costs are relative to 128×128 and fitted to times measured on an H200 (docs/gpu.md):
+// small tiles move more operand bytes for an output, which tells once k is long; a tile of two blocks a multiprocessor
+// is slower alone, because only the other block hides its waits.
+int choose_tile(int64_t m, int64_t n, int64_t k, int64_t sms) {
 	static const struct {
-		int bm, bn;
-		double cost;
-	} tiles[kSm90Tiles] = {{128, 256, 1.0}, {128, 128, 1.25}, {64, 128, 1.5}, {64, 64, 2.2}, {64, 32, 3.6}};
+		int bm, bn, blocks;
+		double cost, long_k;
+	} tiles[kSm90Tiles] = {{128, 256, 1, 1.25, 1.1}, {128, 128, 1, 1.0, 1.0}, {64, 128, 1, 1.4, 1.4}, {64, 64, 2, 1.2, 1.9}, {64, 32, 2, 1.5, 2.8}};
 	int best = 0;
 	double least = 0;
 	for (int i = 0; i < kSm90Tiles; i++) {
-		double t = double(ceil_div(ceil_div(m, tiles[i].bm) * ceil_div(n, tiles[i].bn), sms)) * tiles[i].bm * tiles[i].bn * tiles[i].cost;
+		int64_t load = ceil_div(ceil_div(m, tiles[i].bm) * ceil_div(n, tiles[i].bn), sms);
+		double t = double(load) * tiles[i].bm * tiles[i].bn * (k > 1024 ? tiles[i].long_k : tiles[i].cost);
+		if (load == 1 && tiles[i].blocks == 2) t /= 0.6;
 		if (i == 0 || t < least) best = i, least = t;
 	}
 	return best;
@@ -240,7 +244,7 @@ margo_status gemm_sm90a(margo_stream *st, const margo_gemm_args *a, int tile) {
 	p.e = make_epilogue(a->bias, a->n0, a->gate, a->gate_rows, a->residual, a->y, a->act);
 	p.m = int32_t(a->y.rows), p.n = int32_t(a->y.cols), p.steps = int32_t(ceil_div(a->w.cols, 64));
 	if (p.e.gate_rows > p.m) p.e.gate_rows = p.m > 0 ? p.m : 1; // one gate row for all: divided in 32 bits
-	if (tile < 0) tile = choose_tile(p.m, p.n, st->ctx->prop.multiProcessorCount);
+	if (tile < 0) tile = choose_tile(p.m, p.n, a->w.cols, st->ctx->prop.multiProcessorCount);
 	switch (tile) {
 	case 0: return launch_tiles<2, 256, 4>(st, "gemm_sm90a_128x256", a, p, 1);
 	case 1: return launch_tiles<2, 128, 5>(st, "gemm_sm90a_128x128", a, p, 1);

@@ -23,6 +23,7 @@
 
 #include "act.cuh"
 #include "head.cuh"
+#include "reduce.cuh"
 #include "rng.cuh"
 
 namespace {
@@ -40,25 +41,84 @@ struct FinalParams {
 	const HeadState *state;
 	int step; // index into state->coef
 	int n, c, w, halves;
+	int vec_final, vec_input; // rows of the matrices can be read 16 bytes at a time
 	float eps;
 };
 
-MARGO_DEVICE float warp_sum(float v) {
-#pragma unroll
-	for (int k = 16; k; k >>= 1) v += __shfl_xor_sync(0xffffffffu, v, k);
-	return v;
-}
-
-// project writes the input projection of tokens t0 … t0+count-1, whose x lies at xs [count, c].
-MARGO_DEVICE void project(const FinalParams &p, const float *xs, int t0, int count) {
-	for (int i = threadIdx.x; i < p.w; i += blockDim.x) {
+// project writes the input projection of tokens t0 … t0+count-1, whose x lies at xs [count, c]: one chain of multiply-adds
+// for each output, in the order of channels.
+template <bool VEC> MARGO_DEVICE void project_rows(const FinalParams &p, const float *xs, int t0, int count) {
+	for (int i = threadIdx.x; i < p.w; i += 256) {
 		const float *row = p.wi + int64_t(i) * p.ldi;
 		float bias = p.bi ? p.bi[i] : 0.0f;
 		for (int t = 0; t < count; t++) {
 			float v = 0;
-			for (int k = 0; k < p.c; k++) v = fmaf(xs[t * p.c + k], row[k], v);
+			for (int k = 0; k < p.c; k += 4) {
+				float w[4];
+				load4<VEC>(w, row + k, p.c - k);
+#pragma unroll
+				for (int e = 0; e < 4; e++)
+					if (VEC || k + e < p.c) v = fmaf(xs[t * p.c + k + e], w[e], v);
+			}
 			v += bias;
 			for (int h = 0; h < p.halves; h++) p.next[(int64_t(h) * p.n + t0 + t) * p.lds + i] = v;
+		}
+	}
+}
+
+MARGO_DEVICE void project(const FinalParams &p, const float *xs, int t0, int count) {
+	if (p.vec_input)
+		project_rows<true>(p, xs, t0, count);
+	else
+		project_rows<false>(p, xs, t0, count);
+}
+
+// dots computes the final linear layer for the block's rows: a warp takes outputs warp, warp + 8, …, four at a time, so that
+// enough loads are under way; lanes stride over W four by four (VEC) or one by one, and a shuffle tree adds them up.
+template <int TOK, bool VEC> MARGO_DEVICE void dots(const FinalParams &p, const float *rows, float *out, int live) {
+	constexpr int step = VEC ? 4 : 1;
+	const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, outputs = 2 * p.c;
+	for (int o0 = warp; o0 < outputs; o0 += 32) {
+		float acc[4][2 * TOK];
+#pragma unroll
+		for (int j = 0; j < 4; j++)
+#pragma unroll
+			for (int q = 0; q < 2 * TOK; q++) acc[j][q] = 0;
+#pragma unroll 2
+		for (int i = lane * step; i < p.w; i += 32 * step) {
+			float w[4][step];
+#pragma unroll
+			for (int j = 0; j < 4; j++) {
+				const float *row = p.wf + int64_t(o0 + 8 * j < outputs ? o0 + 8 * j : o0) * p.ldf + i;
+				if constexpr (VEC)
+					load4<true>(w[j], row, 4);
+				else
+					w[j][0] = row[0];
+			}
+#pragma unroll
+			for (int q = 0; q < 2 * TOK; q++) {
+				if (q >= live) continue;
+				float x[step];
+				if constexpr (VEC)
+					load4<true>(x, rows + q * p.w + i, 4);
+				else
+					x[0] = rows[q * p.w + i];
+#pragma unroll
+				for (int j = 0; j < 4; j++)
+#pragma unroll
+					for (int e = 0; e < step; e++) acc[j][q] = fmaf(x[e], w[j][e], acc[j][q]);
+			}
+		}
+#pragma unroll
+		for (int j = 0; j < 4; j++) {
+			int o = o0 + 8 * j;
+			if (o >= outputs) continue; // the same for all lanes
+			float bias = p.bf ? p.bf[o] : 0.0f;
+#pragma unroll
+			for (int q = 0; q < 2 * TOK; q++) {
+				float v = warp_sum(acc[j][q]) + bias;
+				if (lane == 0 && q < live) out[q * outputs + o] = v;
+			}
 		}
 	}
 }
@@ -99,24 +159,10 @@ template <int TOK> __global__ void __launch_bounds__(256) head_final(const Final
 	}
 	__syncthreads();
 
-	for (int o = warp; o < 2 * p.c; o += 8) {
-		const float *row = p.wf + int64_t(o) * p.ldf;
-		float acc[2 * TOK];
-#pragma unroll
-		for (int q = 0; q < 2 * TOK; q++) acc[q] = 0;
-		for (int i = lane; i < p.w; i += 32) {
-			float v = row[i];
-#pragma unroll
-			for (int q = 0; q < 2 * TOK; q++)
-				if (q < live) acc[q] = fmaf(rows[q * p.w + i], v, acc[q]);
-		}
-		float bias = p.bf ? p.bf[o] : 0.0f;
-#pragma unroll
-		for (int q = 0; q < 2 * TOK; q++) {
-			float v = warp_sum(acc[q]) + bias;
-			if (lane == 0 && q < live) out[q * 2 * p.c + o] = v;
-		}
-	}
+	if (p.vec_final)
+		dots<TOK, true>(p, rows, out, live);
+	else
+		dots<TOK, false>(p, rows, out, live);
 	__syncthreads();
 
 	const HeadCoef k = p.state->coef[p.step];
@@ -217,6 +263,7 @@ struct Chain {
 		p.guidance = reinterpret_cast<float *>(guidance), p.ids = reinterpret_cast<int32_t *>(ids);
 		p.state = reinterpret_cast<HeadState *>(base + l.state);
 		p.n = int(l.n), p.c = int(l.c), p.w = int(l.w), p.halves = int(l.r / l.n), p.eps = w->eps;
+		p.vec_final = l.w % 4 == 0 && aligned(w->final.w, 16), p.vec_input = l.c % 4 == 0 && aligned(next->input.w, 16);
 		return p;
 	}
 	// A block takes 4 tokens once that still leaves a block for every multiprocessor.
@@ -349,16 +396,14 @@ margo_status replay(const Chain &c, int64_t first, int64_t count) {
 	auto it = cache->entries.find(name);
 	if (it == cache->entries.end()) {
 		if (cache->entries.size() >= GraphCache::kMost) {
-			MARGO_TRY(check(ctx, cudaDeviceSynchronize(), "waiting before graphs are dropped"));
+			MARGO_TRY(wait_all(ctx, "waiting before graphs are dropped"));
 			cache->clear();
 		}
-		MARGO_TRY(check(ctx, cudaStreamBeginCapture(st->s, cudaStreamCaptureModeThreadLocal), "capturing head steps"));
-		st->capturing = true, st->captured_kernels = 0;
+		MARGO_TRY(begin_capture(st));
 		margo_status s = MARGO_OK;
 		for (int64_t i = 0; i < count && s == MARGO_OK; i++) s = c.step(i, first + i, tail && i + 1 == count);
-		st->capturing = false;
 		GraphCache::Entry e{nullptr, nullptr, st->captured_kernels};
-		cudaError_t end = cudaStreamEndCapture(st->s, &e.graph);
+		cudaError_t end = end_capture(st, &e.graph);
 		if (s == MARGO_OK) s = check(ctx, end, "capturing head steps");
 		if (s == MARGO_OK) s = check(ctx, cudaGraphInstantiate(&e.exec, e.graph, 0), "making the graph of head steps");
 		if (s != MARGO_OK) {

@@ -59,6 +59,30 @@ margo_status check(margo_context *c, cudaError_t e, const char *what) {
 	return fail(c, s, "%s: %s (%s)%s%s", what, kind(e), cudaGetErrorName(e), *gpu::report() ? ": " : "", gpu::report());
 }
 
+margo_status wait_all(margo_context *c, const char *what) {
+	std::lock_guard<std::mutex> lock(c->capture_mu);
+	for (margo_stream *st : c->streams) MARGO_TRY(check(c, st->capturing ? cudaEventSynchronize(st->before_capture) : cudaStreamSynchronize(st->s), what));
+	return MARGO_OK;
+}
+
+margo_status begin_capture(margo_stream *st) {
+	margo_context *c = st->ctx;
+	std::lock_guard<std::mutex> lock(c->capture_mu);
+	if (!st->before_capture) MARGO_TRY(check(c, cudaEventCreateWithFlags(&st->before_capture, cudaEventDisableTiming), "making an event"));
+	MARGO_TRY(check(c, cudaEventRecord(st->before_capture, st->s), "recording an event"));
+	// ThreadLocal: another thread's allocation does not spoil the capture.
+	MARGO_TRY(check(c, cudaStreamBeginCapture(st->s, cudaStreamCaptureModeThreadLocal), "beginning a capture"));
+	st->capturing = true;
+	st->captured_kernels = 0;
+	return MARGO_OK;
+}
+
+cudaError_t end_capture(margo_stream *st, cudaGraph_t *graph) {
+	std::lock_guard<std::mutex> lock(st->ctx->capture_mu);
+	st->capturing = false;
+	return cudaStreamEndCapture(st->s, graph);
+}
+
 void note_launch(margo_stream *st, const char *name, const void *function, int threads, size_t smem) {
 	margo_context *c = st->ctx;
 	std::lock_guard<std::mutex> lock(c->mu);
@@ -104,7 +128,9 @@ margo_status open(int32_t ordinal, uint32_t flags, margo_context **out, char *er
 	c->ordinal = ordinal, c->flags = flags;
 	if ((e = cudaSetDevice(ordinal)) == cudaSuccess && (e = cudaGetDeviceProperties(&c->prop, ordinal)) == cudaSuccess)
 		e = cudaMalloc(reinterpret_cast<void **>(&c->device_error), 256);
-	if (e == cudaSuccess) e = cudaMemset(c->device_error, 0, 256);
+	if (e == cudaSuccess) e = cudaStreamCreateWithFlags(&c->fill_stream, cudaStreamNonBlocking);
+	if (e == cudaSuccess) e = cudaMemsetAsync(c->device_error, 0, 256, c->fill_stream);
+	if (e == cudaSuccess) e = cudaStreamSynchronize(c->fill_stream);
 	if (e == cudaSuccess) e = cudaStreamSynchronize(nullptr); // our streams do not wait for the null stream
 	if (e != cudaSuccess) {
 		delete c;
@@ -117,8 +143,9 @@ margo_status open(int32_t ordinal, uint32_t flags, margo_context **out, char *er
 margo_status close(margo_context *c) {
 	Guard g(c);
 	cudaError_t e = cudaDeviceSynchronize();
-	cudaFree(c->device_error);
 	for (auto &r : c->releases) r();
+	cudaStreamDestroy(c->fill_stream);
+	cudaFree(c->device_error);
 	delete c;
 	cudaGetLastError();
 	return e == cudaSuccess ? MARGO_OK : MARGO_DEVICE_FAULT;
@@ -126,7 +153,7 @@ margo_status close(margo_context *c) {
 
 margo_status synchronize(margo_context *c) {
 	Guard g(c);
-	return check(c, cudaDeviceSynchronize(), "waiting for the device");
+	return wait_all(c, "waiting for the device");
 }
 
 margo_status info(margo_context *c, margo_info *out) {
@@ -211,9 +238,9 @@ margo_status alloc(margo_context *c, uint64_t bytes, uint64_t *out) {
 		            double(free) / (1 << 20), double(total) / (1 << 20));
 	}
 	MARGO_TRY(check(c, e, "allocating memory"));
-	if (c->flags & 1) { // streams don't wait for the default stream, which fills
-		MARGO_TRY(check(c, cudaMemset(p, 0xff, bytes), "filling new memory"));
-		MARGO_TRY(check(c, cudaDeviceSynchronize(), "filling new memory"));
+	if (c->flags & 1) { // on a stream of its own, which no capture disturbs
+		MARGO_TRY(check(c, cudaMemsetAsync(p, 0xff, bytes, c->fill_stream), "filling new memory"));
+		MARGO_TRY(check(c, cudaStreamSynchronize(c->fill_stream), "filling new memory"));
 	}
 	*out = reinterpret_cast<uintptr_t>(p);
 	std::lock_guard<std::mutex> lock(c->mu);
@@ -236,7 +263,7 @@ margo_status free_(margo_context *c, uint64_t p) {
 		c->counters.bytes_allocated -= it->second;
 		c->sizes.erase(it);
 	}
-	MARGO_TRY(check(c, cudaDeviceSynchronize(), "waiting before memory is freed"));
+	MARGO_TRY(wait_all(c, "waiting before memory is freed"));
 	return check(c, cudaFree(reinterpret_cast<void *>(uintptr_t(p))), "freeing memory");
 }
 
@@ -261,6 +288,8 @@ margo_status stream_create(margo_context *c, margo_stream **out) {
 		delete st;
 		return s;
 	}
+	std::lock_guard<std::mutex> lock(c->capture_mu);
+	c->streams.push_back(st);
 	*out = st;
 	return MARGO_OK;
 }
@@ -277,6 +306,11 @@ margo_status stream_destroy(margo_stream *st) {
 	margo_context *c = st->ctx;
 	Guard g(c);
 	margo_status s = check(c, cudaStreamSynchronize(st->s), "closing a stream");
+	{
+		std::lock_guard<std::mutex> lock(c->capture_mu);
+		std::erase(c->streams, st);
+	}
+	if (st->before_capture) cudaEventDestroy(st->before_capture);
 	drop_staging(st);
 	cudaStreamDestroy(st->s);
 	delete st;
@@ -356,20 +390,15 @@ margo_status capture_begin(margo_stream *st) {
 	margo_context *c = st->ctx;
 	Guard g(c);
 	if (st->capturing) return fail(c, MARGO_INVALID, "stream is capturing already");
-	// ThreadLocal: another thread's allocation does not spoil the capture.
-	MARGO_TRY(check(c, cudaStreamBeginCapture(st->s, cudaStreamCaptureModeThreadLocal), "beginning a capture"));
-	st->capturing = true;
-	st->captured_kernels = 0;
-	return MARGO_OK;
+	return begin_capture(st);
 }
 
 margo_status capture_end(margo_stream *st, margo_graph **out) {
 	margo_context *c = st->ctx;
 	Guard g(c);
 	if (!st->capturing) return fail(c, MARGO_INVALID, "stream is not capturing");
-	st->capturing = false;
 	cudaGraph_t graph = nullptr;
-	margo_status s = check(c, cudaStreamEndCapture(st->s, &graph), "ending a capture");
+	margo_status s = check(c, end_capture(st, &graph), "ending a capture");
 	if (s != MARGO_OK || !out) {
 		if (graph) cudaGraphDestroy(graph);
 		return out ? s : MARGO_OK;

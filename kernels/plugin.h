@@ -38,8 +38,11 @@ struct margo_context {
 	std::vector<margo_kernel_stat> kernels;
 	std::map<uint64_t, uint64_t> sizes;            // of memory that is held
 	std::vector<std::function<void()>> releases; // run by close: what ops cached in the context
+	std::mutex capture_mu;               // guards streams and when they capture
+	std::vector<margo_stream *> streams;
 	std::mutex graph_mu;               // guards graphs that ops cache
 	std::shared_ptr<void> head_graphs; // of head.cu
+	cudaStream_t fill_stream = nullptr; // fills new memory
 	uint32_t *device_error = nullptr; // device word: set by kernels that meet an index out of range; read by waits
 	int cc() const { return prop.major * 10 + prop.minor; }
 };
@@ -48,6 +51,7 @@ struct margo_stream {
 	margo_context *ctx;
 	cudaStream_t s = nullptr;
 	bool capturing = false;
+	cudaEvent_t before_capture = nullptr; // the end of what was enqueued before
 	uint64_t captured_kernels = 0;
 	bool rows_enqueued = false; // an op that may set device_error since the last wait
 	struct {
@@ -63,6 +67,13 @@ margo_status fail(margo_context *, margo_status, const char *format, ...) __attr
 
 // check turns a runtime error into a status; what names the call or the kernel.
 margo_status check(margo_context *, cudaError_t, const char *what);
+
+// wait_all waits for everything enqueued so far on any stream of the context. The device as a
+// whole may not be waited for while a stream captures, so each stream is, and one that captures up to
+// where that began. begin_capture and end_capture (graph: null discards) keep account.
+margo_status wait_all(margo_context *, const char *what);
+margo_status begin_capture(margo_stream *);
+cudaError_t end_capture(margo_stream *, cudaGraph_t *graph);
 
 // note_launch counts a launch of a kernel.
 void note_launch(margo_stream *, const char *name, const void *function, int threads, size_t smem);
