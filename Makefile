@@ -29,6 +29,26 @@ demo: build ## sample a grid of clothes from the MAR that ships with margo
 	$(BIN) sample --model models/fashion-mar.safetensors --classes 0,1,2,3,4,5,6,7,8,9 -n 40 --batch 40 --out $(DEMO)
 	@echo "The picture is $(CURDIR)/$(DEMO): ten classes across, four samples each."
 
+# ---- CUDA ----
+# The toolkit that is there, or the pinned one that cuda-toolchain put into .cuda.
+CUDA_VENV := .cuda
+CUDA_WHEEL = $(firstword $(wildcard $(CURDIR)/$(CUDA_VENV)/lib/python3*/site-packages/nvidia/cu13))
+NVCC ?= $(or $(if $(CUDA_WHEEL),$(CUDA_WHEEL)/bin/nvcc),$(shell command -v nvcc 2>/dev/null),$(wildcard /usr/local/cuda/bin/nvcc))
+JOBS ?= $(shell nproc)
+
+.PHONY: cuda-toolchain
+cuda-toolchain: ## install the pinned CUDA compiler (134 MB) where there is no toolkit
+	@.ci/setup cuda
+	@kernels/toolchain.sh "$(CUDA_VENV)"
+
+.PHONY: cuda
+cuda: ## build bin/libmargo_cuda.so with nvcc (about 10 minutes on 2 cores)
+	@.ci/setup cuda
+	@test -n "$(NVCC)" || { echo "no nvcc: make cuda-toolchain installs one" >&2; exit 1; }
+	@mkdir -p bin .build/cuda
+	@cmake -S . -B .build/cuda -DNVCC="$(NVCC)" -DCUDA_ROOT="$(CUDA_WHEEL)" -DOUT="$(CURDIR)/bin" -DARCHES="$(ARCHES)" >/dev/null
+	@cmake --build .build/cuda --target cuda -j $(JOBS)
+
 .PHONY: test
 test: ## everything that must pass: format, vet, tests, race detector, sanitizers, arm64
 	@.ci/setup test
@@ -63,4 +83,4 @@ emu: ## build bin/libmargo_emu.so: the CUDA kernels run and checked on the host
 
 .PHONY: clean
 clean: ## remove what was built
-	rm -rf bin $(DEMO)
+	rm -rf bin .build $(DEMO)

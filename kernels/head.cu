@@ -131,7 +131,7 @@ template <int TOK> __global__ void __launch_bounds__(256) head_input(const Final
 	project(p, xs, t0, count);
 }
 
-template <int TOK> __global__ void __launch_bounds__(256) head_final(const FinalParams p) {
+template <int TOK> __global__ void __launch_bounds__(256, 2) head_final(const FinalParams p) {
 	float *rows = &gpu::smem<float>();               // [2·TOK][W]
 	float *out = rows + 2 * TOK * p.w;               // [2·TOK][2C]
 	float *xs = out + 2 * TOK * 2 * p.c;             // [TOK][C]
