@@ -1,4 +1,6 @@
-// head.cu: T reverse steps of the diffusion head (MAR §4.1), throughput path.
+// head.cu: T reverse steps of the diffusion head (MAR §4.1): the throughput path, and the
+// choice between it and the latency path (head_latency.cu), which is taken on request (path 2) because it rounds
+// differently.
 //
 // AdaLN modulations do not depend on x: for a run of steps they are one GEMM of
 // steps·R rows. What is left of a step is a chain of 3·depth + 1 kernels:
@@ -209,7 +211,7 @@ template <class T> __global__ void __launch_bounds__(256) head_silu(T *y, int64_
 
 struct Layout {
 	int64_t n, r, w, ldw, c, depth, steps, chunk; // ldw: w padded to rows of 16 bytes; chunk: steps of a run
-	uint64_t state, x, ids, guidance, s, u, f, y, mods, bytes;
+	uint64_t state, x, ids, guidance, s, u, f, latency, y, mods, bytes; // latency: buffers of head_latency.cu
 };
 
 Layout layout(const margo_head_steps_args *a, uint64_t budget) {
@@ -226,6 +228,7 @@ Layout layout(const margo_head_steps_args *a, uint64_t budget) {
 	l.x = take(uint64_t(l.n * l.c) * 4), l.ids = take(uint64_t(l.n) * 8), l.guidance = take(uint64_t(l.n) * 4);
 	uint64_t row = uint64_t(l.r * l.ldw) * 4;
 	l.s = take(row), l.u = take(row), l.f = take(row);
+	l.latency = take(a->path == 2 ? head_latency_bytes(a) : 0);
 	uint64_t per = uint64_t(l.r) * uint64_t(l.ldw + (3 * l.depth + 2) * l.w) * 4;
 	l.chunk = per ? int64_t((budget > at ? budget - at : 0) / per) : l.steps;
 	if (l.chunk > l.steps) l.chunk = l.steps;
@@ -270,8 +273,9 @@ struct Chain {
 	bool four() const { return l.n >= 4 * int64_t(st->ctx->prop.multiProcessorCount) && smem(4) <= st->ctx->prop.sharedMemPerBlockOptin; }
 	size_t smem(int tok) const { return size_t(2 * tok * l.w + 2 * tok * 2 * l.c + tok * l.c) * 4; }
 
-	margo_status input() const {
-		FinalParams p = params(0);
+	// input projects x for step at.
+	margo_status input(int64_t at) const {
+		FinalParams p = params(at);
 		return run(st, "head_input", head_input<1>, dim3(unsigned(l.n)), dim3(256), size_t(l.c) * 4, p);
 	}
 
@@ -322,6 +326,18 @@ struct Chain {
 		if (last) p.next = nullptr;
 		if (four()) return run(st, "head_final_4", head_final<4>, dim3(unsigned(ceil_div(l.n, 4))), dim3(256), smem(4), p);
 		return run(st, "head_final", head_final<1>, dim3(unsigned(l.n)), dim3(256), smem(1), p);
+	}
+
+	// latency runs count steps from first on in one kernel, and then projects x for the step after them.
+	margo_status latency(int64_t first, int64_t count) const {
+		HeadLatencyRun r{};
+		r.state = reinterpret_cast<const HeadState *>(base + l.state), r.mods = reinterpret_cast<const float *>(base + l.mods), r.ldm = ldm();
+		r.x = reinterpret_cast<float *>(x), r.guidance = reinterpret_cast<const float *>(guidance), r.ids = reinterpret_cast<const int32_t *>(ids);
+		if (a->noise.p) r.noise = ptr<float>(a->noise) + first * l.n * a->noise.ld, r.ldn = a->noise.ld;
+		if (a->trace.p) r.trace = ptr<float>(a->trace) + first * l.n * a->trace.ld, r.ldt = a->trace.ld;
+		r.n = int32_t(l.n), r.r = int32_t(l.r), r.c = int32_t(l.c), r.w = int32_t(l.w), r.count = int32_t(count);
+		MARGO_TRY(head_latency(st, a, r, base + l.latency));
+		return first + count < l.steps ? input(first + count) : MARGO_OK;
 	}
 
 	// upload sends the state of a run.
@@ -446,7 +462,8 @@ margo_status op_head_steps(margo_stream *st, const margo_head_steps_args *a) {
 		margo_mat to = mat(c.guidance, 1, c.l.n, c.l.n), from = mat(a->guidance.p, 1, c.l.n, c.l.n);
 		MARGO_TRY(op_copy(st, &to, &from));
 	}
-	MARGO_TRY(c.input());
+	MARGO_TRY(c.input(0));
+	const bool latency = a->path == 2 && head_latency_serves(st->ctx, a);
 	const bool graphs = !a->noise.p && !a->trace.p;
 	for (int64_t i = 0; i < c.l.steps;) {
 		int64_t count = 1;
@@ -455,7 +472,10 @@ margo_status op_head_steps(margo_stream *st, const margo_head_steps_args *a) {
 		c.w = c.weights_of(i);
 		MARGO_TRY(c.upload(i, count));
 		MARGO_TRY(c.modulations(i, count));
-		if (graphs && count >= 4) {
+		margo_status ran = latency && !a->steps[i].exact ? c.latency(i, count) : MARGO_UNSUPPORTED;
+		if (ran != MARGO_UNSUPPORTED) {
+			MARGO_TRY(ran);
+		} else if (graphs && count >= 4) {
 			MARGO_TRY(replay(c, i, count));
 		} else {
 			for (int64_t k = 0; k < count; k++) MARGO_TRY(c.step(k, i + k, i + k + 1 == c.l.steps));

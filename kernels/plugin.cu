@@ -326,6 +326,7 @@ margo_status device_word(margo_stream *st) {
 	MARGO_TRY(check(c, cudaStreamSynchronize(st->s), "reading the error word"));
 	if (!word) return MARGO_OK;
 	cudaMemsetAsync(c->device_error, 0, 4, st->s);
+	if (word == DEVICE_ERROR_STALLED) return fail(c, MARGO_DEVICE_FAULT, "head steps: the blocks of the persistent kernel waited too long for each other; results are invalid");
 	if (word >= DEVICE_ERROR_BLOCKS)
 		return fail(c, MARGO_INVALID, "attention: a block lies outside the cache (sequence %u)", word - DEVICE_ERROR_BLOCKS);
 	return fail(c, MARGO_INVALID, "an index lies outside its tensor (row %u of rows)", word - 1);

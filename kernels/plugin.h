@@ -25,8 +25,9 @@ struct margo_kernel_stat {
 };
 
 // Values of *margo_context::device_error, which kernels raise by atomicMax: 1 + the row of rows whose index lies
-// outside its tensor, or DEVICE_ERROR_BLOCKS + the sequence of attention with such a block.
-constexpr uint32_t DEVICE_ERROR_BLOCKS = 1u << 31;
+// outside its tensor, or DEVICE_ERROR_BLOCKS + the sequence of attention with such a block. Above all, stalled: the blocks of a persistent
+// kernel waited for each other in vain.
+constexpr uint32_t DEVICE_ERROR_BLOCKS = 1u << 31, DEVICE_ERROR_STALLED = ~0u;
 
 struct margo_context {
 	int ordinal = 0;

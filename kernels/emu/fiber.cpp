@@ -278,7 +278,8 @@ void spin(const char *file, int line) {
 		     alone ? " (blocks of an ordinary launch need not run at the same time)" : "", who_waits(g).c_str());
 	}
 	Warp *w = f->warp;
-	uint32_t later = f->lane == 31 ? 0 : w->ready & ~((2u << f->lane) - 1);
+	// Every other turn leaves the warp: its lanes may meet in each turn of the loop, and then one is always ready.
+	uint32_t later = ++g->spins % 2 || f->lane == 31 ? 0 : w->ready & ~((2u << f->lane) - 1);
 	Fiber *next;
 	if (later) {
 		next = w->lanes + __builtin_ctz(later);

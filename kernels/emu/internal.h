@@ -149,6 +149,7 @@ struct Group {
 	const void *main_bottom = nullptr;
 	size_t main_size = 0;
 	uint64_t random = 0, idle = 0; // idle: turns of polling loops since something changed
+	uint64_t spins = 0;             // turns of polling loops
 	bool failed = false;
 };
 

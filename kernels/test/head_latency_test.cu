@@ -1,0 +1,161 @@
+// head_latency_test.cu: the persistent kernel of the diffusion head against the throughput path, with random weights in
+// the shapes of MAR-B, -L and -H, and the time of a step by both. Links with the plugin's objects as
+// gemm_sm90a_test.cu does; the emulator's objects serve too (small shapes with an argument: W depth steps).
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "../head.cuh"
+
+namespace {
+
+int failures;
+bool broken;
+
+void must(cudaError_t e, const char *what) {
+	if (e == cudaSuccess || broken) return;
+	printf("FAIL %s: %s %s\n", what, cudaGetErrorString(e), gpu::report());
+	failures++, broken = true;
+}
+
+struct Arena { // device memory of a test
+	std::vector<void *> all;
+	uint64_t seed = 1;
+	uint64_t raw(size_t bytes) {
+		void *p = nullptr;
+		must(cudaMalloc(&p, bytes + 256), "cudaMalloc");
+		all.push_back(p);
+		return reinterpret_cast<uintptr_t>(p);
+	}
+	margo_mat matrix(int64_t rows, int64_t cols, int dtype, float sigma, float mean = 0) {
+		std::vector<float> v(size_t(rows * cols));
+		for (float &x : v) {
+			seed = seed * 6364136223846793005ull + 1442695040888963407ull;
+			x = mean + sigma * 1.7f * (float(seed >> 40) * 0x1p-23f - 1.0f);
+		}
+		std::vector<uint16_t> h;
+		size_t bytes = v.size() * 4;
+		const void *from = v.data();
+		if (dtype == MARGO_BF16) {
+			for (float x : v) {
+				uint32_t u;
+				memcpy(&u, &x, 4);
+				h.push_back(uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16));
+			}
+			bytes /= 2, from = h.data();
+		}
+		uint64_t p = raw(bytes);
+		must(cudaMemcpy(reinterpret_cast<void *>(p), from, bytes, cudaMemcpyHostToDevice), "copying in");
+		return {p, rows, cols, cols, dtype, 0};
+	}
+	void drop() {
+		for (void *p : all) cudaFree(p);
+		all.clear();
+	}
+};
+
+void test(margo_stream *st, int w, int depth, int tokens, int steps, bool time_it) {
+	if (broken) return;
+	const int c = 16, r = tokens * 2;
+	Arena m;
+	float k = 1 / sqrtf(float(w));
+	std::vector<margo_head_block> blocks;
+	for (int i = 0; i < depth; i++) {
+		margo_head_block b{};
+		b.norm_weight = m.matrix(1, w, MARGO_F32, 0.2f, 1), b.norm_bias = m.matrix(1, w, MARGO_F32, 0.2f);
+		b.fc1 = {m.matrix(w, w, MARGO_BF16, k), m.matrix(1, w, MARGO_F32, 0.1f)}, b.fc2 = {m.matrix(w, w, MARGO_BF16, k), m.matrix(1, w, MARGO_F32, 0.1f)};
+		blocks.push_back(b);
+	}
+	margo_head_steps_args a{};
+	a.size = sizeof a, a.temperature = 1;
+	a.weights.input = {m.matrix(w, c, MARGO_F32, 1 / sqrtf(float(c))), m.matrix(1, w, MARGO_F32, 0.1f)};
+	a.weights.ada = {m.matrix((3 * depth + 2) * w, w, MARGO_BF16, 0.5f * k), m.matrix(1, (3 * depth + 2) * w, MARGO_F32, 0.1f)};
+	a.weights.final = {m.matrix(2 * c, w, MARGO_F32, k), m.matrix(1, 2 * c, MARGO_F32, 0.1f)};
+	a.weights.blocks = blocks.data(), a.weights.depth = depth, a.weights.eps = 1e-6f;
+	a.exact = a.weights;
+	a.cond = m.matrix(r, w, MARGO_F32, 1), a.time = m.matrix(steps, w, MARGO_F32, 1), a.guidance = m.matrix(1, tokens, MARGO_F32, 0.3f, 2);
+	std::vector<int32_t> ids;
+	for (int i = 0; i < tokens; i++) ids.push_back(i * 3), ids.push_back(i % 2);
+	a.ids = {m.raw(ids.size() * 4), tokens, 2, 2, MARGO_I32, 0};
+	must(cudaMemcpy(reinterpret_cast<void *>(a.ids.p), ids.data(), ids.size() * 4, cudaMemcpyHostToDevice), "copying in");
+	a.rng.seed = 7, a.rng.purpose = 2;
+	std::vector<margo_coef> coefs;
+	for (int i = 0; i < steps; i++) coefs.push_back({1.0 + 0.5 / steps, 1.0 / steps, -5, -4, i + 1 == steps, 0});
+	a.steps = coefs.data(), a.step_count = steps;
+	a.x = m.matrix(tokens, c, MARGO_F32, 1);
+	std::vector<float> start(size_t(tokens * c)), result[2];
+	must(cudaMemcpy(start.data(), reinterpret_cast<void *>(a.x.p), start.size() * 4, cudaMemcpyDeviceToHost), "copying out");
+	double us[2] = {0, 0};
+	uint64_t workspace = 0, held = 0;
+	for (int path = 2; path >= 1; path--) {
+		a.path = path;
+		op_head_steps_workspace(st->ctx, &a, uint64_t(512) << 20, &a.workspace_bytes);
+		if (a.workspace_bytes > held) workspace = m.raw(held = a.workspace_bytes);
+		a.workspace = workspace;
+		auto once = [&] {
+			must(cudaMemcpyAsync(reinterpret_cast<void *>(a.x.p), start.data(), start.size() * 4, cudaMemcpyHostToDevice, st->s), "copying in");
+			margo_status s = op_head_steps(st, &a);
+			if (s != MARGO_OK) printf("FAIL path %d: status %d %s\n", path, s, st->ctx->error.c_str()), failures++, broken = true;
+			must(cudaStreamSynchronize(st->s), "head steps");
+		};
+		once();
+		std::vector<float> &x = result[path - 1];
+		x.resize(start.size());
+		must(cudaMemcpy(x.data(), reinterpret_cast<void *>(a.x.p), x.size() * 4, cudaMemcpyDeviceToHost), "copying out");
+		if (path == 2) { // the same bits again
+			std::vector<float> y(x.size());
+			once();
+			must(cudaMemcpy(y.data(), reinterpret_cast<void *>(a.x.p), y.size() * 4, cudaMemcpyDeviceToHost), "copying out");
+			if (memcmp(x.data(), y.data(), x.size() * 4)) printf("FAIL: two runs differ\n"), failures++;
+		}
+		if (!time_it || broken) continue;
+		cudaEvent_t from, to;
+		cudaEventCreate(&from), cudaEventCreate(&to);
+		cudaEventRecord(from, st->s);
+		for (int i = 0; i < 3; i++) op_head_steps(st, &a);
+		cudaEventRecord(to, st->s);
+		must(cudaEventSynchronize(to), "timing");
+		float ms = 0;
+		cudaEventElapsedTime(&ms, from, to);
+		us[path - 1] = ms * 1e3 / 3 / steps;
+	}
+	double worst = 0, size = 0;
+	for (size_t i = 0; i < start.size(); i++) {
+		double d = fabs(double(result[0][i]) - double(result[1][i]));
+		worst = d > worst || d != d ? d : worst, size = fmax(size, fabs(double(result[0][i])));
+	}
+	uint32_t word = 0;
+	must(cudaMemcpy(&word, st->ctx->device_error, 4, cudaMemcpyDeviceToHost), "copying out");
+	bool ran = false;
+	for (auto &q : st->ctx->kernels) ran = ran || !strcmp(q.name, "head_latency");
+	bool good = worst <= 0.03 * size && word == 0 && ran && head_latency_serves(st->ctx, &a);
+	if (!good) failures++;
+	printf("%s W %d depth %d rows %d steps %d: greatest difference %.3g of %.3g, error word %u, latency %.1f us/step, throughput %.1f us/step (modulations included)\n",
+	       good ? "ok  " : "FAIL", w, depth, r, steps, worst, size, word, us[1], us[0]);
+	fflush(stdout);
+	m.drop();
+}
+
+} // namespace
+
+int main(int argc, char **argv) {
+	auto *c = new margo_context;
+	must(cudaSetDevice(0), "cudaSetDevice");
+	must(cudaGetDeviceProperties(&c->prop, 0), "cudaGetDeviceProperties");
+	must(cudaMalloc(reinterpret_cast<void **>(&c->device_error), 256), "cudaMalloc");
+	must(cudaMemset(c->device_error, 0, 256), "cudaMemset");
+	auto *st = new margo_stream{c};
+	must(cudaStreamCreateWithFlags(&st->s, cudaStreamNonBlocking), "cudaStreamCreate");
+	printf("%s, %d SMs\n", c->prop.name, c->prop.multiProcessorCount);
+	if (argc == 4) {
+		for (int tokens : {1, 5, 8}) test(st, atoi(argv[1]), atoi(argv[2]), tokens, atoi(argv[3]), false);
+	} else {
+		for (int tokens : {1, 2, 4, 7, 8}) test(st, 1024, 6, tokens, 100, true);
+		for (int tokens : {1, 7}) test(st, 1280, 8, tokens, 100, true), test(st, 1536, 12, tokens, 100, true);
+	}
+	printf(failures ? "FAIL: %d\n" : "ok\n", failures);
+	return failures != 0;
+}
