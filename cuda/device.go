@@ -5,6 +5,7 @@ import "C"
 
 import (
 	"fmt"
+	"os"
 	"strconv"
 	"strings"
 	"sync"
@@ -49,11 +50,16 @@ func Open(name string, o Options) (*Device, error) {
 			return nil, engine.Errorf("open device", engine.Invalid, "%q is not a CUDA device; use %s:0", name, kind)
 		}
 	}
+	path, ok := map[string]int32{"": 0, "throughput": 1, "latency": 2}[os.Getenv("MARGO_HEAD_PATH")]
+	if !ok {
+		return nil, engine.Errorf("open device", engine.Invalid, "MARGO_HEAD_PATH is %q; use throughput or latency", os.Getenv("MARGO_HEAD_PATH"))
+	}
 	p, err := load(kind)
 	if err != nil {
 		return nil, err
 	}
 	d := &Device{name: fmt.Sprintf("%s:%d", kind, n), p: p}
+	d.headPath.Store(path)
 	flags := C.uint32_t(0)
 	if o.Poison {
 		flags = 1
@@ -159,7 +165,8 @@ func (d *Device) Supports(op engine.Op, t engine.DType) bool {
 }
 
 // HeadPath is how HeadSteps runs: 0 lets the plugin choose, 1 is the throughput path
-// of GEMMs, 2 the latency path, one persistent kernel for few rows.
+// of GEMMs, 2 the latency path, one persistent kernel where rows are few. The plugin chooses
+// 1: path 2 rounds otherwise, so an image would depend on how many are sampled with it.
 func (d *Device) HeadPath() int { return int(d.headPath.Load()) }
 
 // SetHeadPath sets HeadPath.

@@ -10,5 +10,10 @@
 //	$MARGO_CUDA_PLUGIN or $MARGO_EMU_PLUGIN (the file itself), the folder of the
 //	executable, ../lib from there, and ./bin
 //
+// $MARGO_HEAD_PATH is throughput (the default) or latency: the diffusion head of few rows
+// in one persistent kernel. It is faster for one or two images at a time, and rounds
+// otherwise, so that an image then depends on the batch. $MARGO_SM90=0 leaves Hopper's own
+// matrix products out.
+//
 // Bindings are our own and thin: the function table of kernels/margo_abi.h.
 package cuda

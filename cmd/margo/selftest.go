@@ -48,6 +48,7 @@ Examples:
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "device", Value: "cuda:0", Category: "Machine", Usage: "`NAME`|to test: cuda:0, emu:0, cpu or ref"},
 			threadsFlag(),
+			&cli.BoolFlag{Name: "no-speed", Category: "Work", Usage: "leave out the speed"},
 			&cli.BoolFlag{Name: "quick", Category: "Work", Usage: "leave out shapes of real models and the speed"},
 			&cli.StringFlag{Name: "goldens", Value: filepath.Join("testdata", "goldens"), Category: "Work", Usage: "`DIR`|with the recorded traces; a folder that is not there is an error"},
 			&cli.StringFlag{Name: "out", Aliases: []string{"o"}, Category: "Output", DefaultText: "standard output only", Usage: "also write the report to `FILE`|(complete or not at all)"},
@@ -100,7 +101,7 @@ func runSelftest(c *cli.Context) error {
 		name string
 		run  func()
 	}{{"table", t.table}, {"memory", t.memory}, {"traces", func() { t.traces(goldens) }}, {"speed", t.speed}} {
-		if step.name == "speed" && t.quick {
+		if step.name == "speed" && (t.quick || c.Bool("no-speed")) {
 			continue
 		}
 		if c.Context.Err() != nil {
@@ -198,6 +199,7 @@ var recordings = []struct{ model, traces string }{
 	{"mar_tiny.safetensors", "mar_sample_*.safetensors"},
 	{"mar_tiny_trained.safetensors", "mar_trained_sample_*.safetensors"},
 	{"vae_tiny.safetensors", "vae_io*.safetensors"},
+	{"vq_ldm.safetensors", "vq_ldm_*.safetensors"},
 }
 
 func (t *selftest) traces(dir string) {
