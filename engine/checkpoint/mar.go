@@ -29,6 +29,13 @@ type MARConfig struct {
 	NumSamplingSteps int     `json:"num_sampling_steps"`
 	LayerNormEps     float64 `json:"layernorm_eps"`
 
+	// Variants of Table 1; a field that is not there is the authors' MAR.
+	Attention    string `json:"attention,omitempty"`     // Bidirectional or Causal
+	Order        string `json:"order,omitempty"`         // RandomOrder or RasterOrder
+	Head         string `json:"head,omitempty"`          // DiffusionHead, CategoricalHead, L2Head or GMMHead
+	CodebookSize int    `json:"codebook_size,omitempty"` // codes of the categorical head
+	Mixtures     int    `json:"mixtures,omitempty"`      // components of the GMM head
+
 	// Used in training only; kept so that a converted file can be trained on.
 	MaskRatioMin      float64 `json:"mask_ratio_min"`
 	LabelDropProb     float64 `json:"label_drop_prob"`
@@ -63,17 +70,23 @@ var marSizes = map[string]marSize{
 // MARNames lists the named configurations.
 func MARNames() []string { return []string{"mar-base", "mar-large", "mar-huge"} }
 
-// NamedMAR returns a published configuration at 256×256 pixels: mar-base,
-// mar-large or mar-huge.
+// NamedMAR returns a configuration at 256×256 pixels: a published one (mar-base,
+// mar-large or mar-huge) or a variant of it (VariantNames).
 func NamedMAR(name string) (*MARConfig, error) {
-	s, ok := marSizes[name]
+	size, change := variant(name)
+	s, ok := marSizes[size]
 	if !ok {
-		return nil, engine.Errorf("config", engine.Invalid, "no configuration %s; there are %s", quote(name), strings.Join(MARNames(), ", "))
+		return nil, engine.Errorf("config", engine.Invalid, "no configuration %s; there are %s, each also with -ce, -l2 or -gmm behind it", quote(name),
+			strings.Join(append(MARNames(), VariantNames()...), ", "))
 	}
 	c := marDefaults()
 	c.EncoderEmbedDim, c.EncoderDepth, c.EncoderNumHeads = s.width, s.depth, s.heads
 	c.DecoderEmbedDim, c.DecoderDepth, c.DecoderNumHeads = s.width, s.depth, s.heads
 	c.DiffLossD, c.DiffLossW = s.d, s.w
+	change(&c)
+	if c.HeadKind() != DiffusionHead {
+		c.DiffLossD, c.DiffLossW = 0, 0
+	}
 	return &c, nil
 }
 
@@ -97,19 +110,29 @@ func (c *MARConfig) Validate() error {
 	bad := func(format string, args ...any) error {
 		return engine.Errorf("MAR config", engine.Invalid, format, args...)
 	}
+	if err := c.validateVariant(); err != nil {
+		return err
+	}
+	encoder, net := 1, 1 // a causal model has no encoder, other heads have no network
+	if c.IsCausal() {
+		encoder = 0
+	}
+	if c.HeadKind() != DiffusionHead {
+		net = 0
+	}
 	for _, f := range []struct {
-		name    string
-		v, most int
+		name           string
+		v, least, most int
 	}{
-		{"img_size", c.ImgSize, 1 << 16}, {"vae_stride", c.VAEStride, 1 << 10}, {"patch_size", c.PatchSize, 1 << 8},
-		{"vae_embed_dim", c.VAEEmbedDim, 1 << 14},
-		{"encoder_embed_dim", c.EncoderEmbedDim, 1 << 16}, {"encoder_depth", c.EncoderDepth, 1 << 10}, {"encoder_num_heads", c.EncoderNumHeads, 1 << 10},
-		{"decoder_embed_dim", c.DecoderEmbedDim, 1 << 16}, {"decoder_depth", c.DecoderDepth, 1 << 10}, {"decoder_num_heads", c.DecoderNumHeads, 1 << 10},
-		{"class_num", c.ClassNum, 1 << 24}, {"diffloss_d", c.DiffLossD, 1 << 10}, {"diffloss_w", c.DiffLossW, 1 << 16},
-		{"num_sampling_steps", c.NumSamplingSteps, 1000},
+		{"img_size", c.ImgSize, 1, 1 << 16}, {"vae_stride", c.VAEStride, 1, 1 << 10}, {"patch_size", c.PatchSize, 1, 1 << 8},
+		{"vae_embed_dim", c.VAEEmbedDim, 1, 1 << 14},
+		{"encoder_embed_dim", c.EncoderEmbedDim, 1, 1 << 16}, {"encoder_depth", c.EncoderDepth, encoder, 1 << 10}, {"encoder_num_heads", c.EncoderNumHeads, 1, 1 << 10},
+		{"decoder_embed_dim", c.DecoderEmbedDim, 1, 1 << 16}, {"decoder_depth", c.DecoderDepth, 1, 1 << 10}, {"decoder_num_heads", c.DecoderNumHeads, 1, 1 << 10},
+		{"class_num", c.ClassNum, 1, 1 << 24}, {"diffloss_d", c.DiffLossD, net, 1 << 10}, {"diffloss_w", c.DiffLossW, net, 1 << 16},
+		{"num_sampling_steps", c.NumSamplingSteps, 1, 1000},
 	} {
-		if f.v < 1 || f.v > f.most {
-			return bad("%s is %d, it must be between 1 and %d", f.name, f.v, f.most)
+		if f.v < f.least || f.v > f.most {
+			return bad("%s is %d, it must be between %d and %d", f.name, f.v, f.least, f.most)
 		}
 	}
 	if c.BufferSize < 0 || c.BufferSize > 1<<16 {
@@ -148,39 +171,33 @@ func (c *MARConfig) Validate() error {
 // their definition. The head predicts 2·TokenDim numbers: noise and variance.
 func (c *MARConfig) Params() []ParamSpec {
 	var b builder
-	de, dd, w, l := c.EncoderEmbedDim, c.DecoderEmbedDim, c.DiffLossW, c.Tokens()
+	de, dd, l := c.EncoderEmbedDim, c.DecoderEmbedDim, c.Tokens()
+	if c.IsCausal() {
+		b.causalParams(c)
+		b.headParams(c)
+		return b.out
+	}
 	b.add("fake_latent", 1, de)
 	b.add("encoder_pos_embed_learned", 1, l+c.BufferSize, de)
 	b.add("mask_token", 1, 1, dd)
 	b.add("decoder_pos_embed_learned", 1, l+c.BufferSize, dd)
 	b.add("diffusion_pos_embed_learned", 1, l, dd)
 	b.add("class_emb.weight", c.ClassNum, de)
-	b.linear("z_proj", de, c.TokenDim())
-	b.norm("z_proj_ln", de)
+	b.embedding(c, de)
 	for i := 0; i < c.EncoderDepth; i++ {
-		b.block(fmt.Sprintf("encoder_blocks.%d", i), de, c.EncoderHidden())
+		b.block(numbered("encoder_blocks", i), de, c.EncoderHidden())
 	}
 	b.norm("encoder_norm", de)
 	b.linear("decoder_embed", dd, de)
 	for i := 0; i < c.DecoderDepth; i++ {
-		b.block(fmt.Sprintf("decoder_blocks.%d", i), dd, c.DecoderHidden())
+		b.block(numbered("decoder_blocks", i), dd, c.DecoderHidden())
 	}
 	b.norm("decoder_norm", dd)
-	b.linear("diffloss.net.time_embed.mlp.0", w, frequencies)
-	b.linear("diffloss.net.time_embed.mlp.2", w, w)
-	b.linear("diffloss.net.cond_embed", w, dd)
-	b.linear("diffloss.net.input_proj", w, c.TokenDim())
-	for i := 0; i < c.DiffLossD; i++ {
-		p := fmt.Sprintf("diffloss.net.res_blocks.%d", i)
-		b.norm(p+".in_ln", w)
-		b.linear(p+".mlp.0", w, w)
-		b.linear(p+".mlp.2", w, w)
-		b.linear(p+".adaLN_modulation.1", 3*w, w)
-	}
-	b.linear("diffloss.net.final_layer.linear", 2*c.TokenDim(), w)
-	b.linear("diffloss.net.final_layer.adaLN_modulation.1", 2*w, w)
+	b.headParams(c)
 	return b.out
 }
+
+func numbered(p string, i int) string { return fmt.Sprintf("%s.%d", p, i) }
 
 // block is a pre-LN transformer block with biases (timm's Block).
 func (b *builder) block(p string, width, hidden int) {

@@ -34,7 +34,13 @@ func InferMAR(f *File, o MAROptions) (*MARConfig, error) {
 	}
 	// Zero marks what is open until the record and the options had their say.
 	tokenDim, side := c.VAEEmbedDim, c.ImgSize
+	if c.Discrete() {
+		c.PatchSize = 1
+	}
 	c.PatchSize, c.VAEEmbedDim, c.VAEStride, c.ImgSize = 0, 0, 0, 0
+	if c.Discrete() { // a token is one code, whatever its vector
+		c.PatchSize = 1
+	}
 	shapes := *c
 	if err := setFields(c, recorded); err != nil {
 		return nil, badFile(f.path, "config: %w", err)
@@ -61,8 +67,11 @@ func InferMAR(f *File, o MAROptions) (*MARConfig, error) {
 			return nil, engine.Errorf("open "+f.path, engine.Invalid, "the file does not say how its tokens of %d channels cover the latents; pass --patch-size (1 for a token per latent position)", tokenDim)
 		}
 	}
-	if c.PatchSize < 1 || c.PatchSize > 1<<8 || tokenDim%(c.PatchSize*c.PatchSize) != 0 {
+	if c.PatchSize < 1 || c.PatchSize > 1<<8 || !c.Discrete() && tokenDim%(c.PatchSize*c.PatchSize) != 0 {
 		return nil, engine.Errorf("open "+f.path, engine.Invalid, "patch size %d does not divide tokens of %d channels", c.PatchSize, tokenDim)
+	}
+	if c.Discrete() && c.VAEEmbedDim > 0 { // no tensor tells the width of a code's vector
+		tokenDim = c.VAEEmbedDim
 	}
 	if c.VAEEmbedDim == 0 {
 		c.VAEEmbedDim = tokenDim / (c.PatchSize * c.PatchSize)
@@ -91,6 +100,11 @@ func squareFree(n int) bool {
 
 // agrees compares the recorded settings with the shapes.
 func (c *MARConfig) agrees(f *File, s *MARConfig, tokenDim, side int) error {
+	for _, x := range [][3]string{{"attention", orElse(c.Attention, Bidirectional), orElse(s.Attention, Bidirectional)}, {"head", c.HeadKind(), s.HeadKind()}} {
+		if x[1] != x[2] {
+			return badFile(f.path, "the config says %s = %s, the tensors say %s", x[0], quote(x[1]), x[2])
+		}
+	}
 	for _, x := range []struct {
 		field    string
 		got, had int
@@ -102,6 +116,7 @@ func (c *MARConfig) agrees(f *File, s *MARConfig, tokenDim, side int) error {
 		{"class_num", c.ClassNum, s.ClassNum}, {"buffer_size", c.BufferSize, s.BufferSize},
 		{"diffloss_d", c.DiffLossD, s.DiffLossD}, {"diffloss_w", c.DiffLossW, s.DiffLossW},
 		{"vae_embed_dim · patch_size²", c.TokenDim(), tokenDim}, {"img_size / vae_stride / patch_size", c.Grid(), side},
+		{"codebook_size", c.CodebookSize, s.CodebookSize}, {"mixtures", c.Mixtures, s.Mixtures},
 	} {
 		if x.got != x.had {
 			return badFile(f.path, "the config says %s = %d, the tensors say %d", x.field, x.got, x.had)
@@ -130,15 +145,35 @@ func (f *File) marFromShapes() (*MARConfig, string, error) {
 		}
 		return 0
 	}
+	has := func(name string) bool { return f.tensors[name] != nil }
 	c.ClassNum = dim("class_emb.weight", 2, 0)
 	c.EncoderEmbedDim = dim("class_emb.weight", 2, 1)
-	c.DecoderEmbedDim = dim("mask_token", 3, 2)
+	c.DecoderEmbedDim = dim("diffusion_pos_embed_learned", 3, 2)
 	tokens := dim("diffusion_pos_embed_learned", 3, 1)
-	c.BufferSize = dim("encoder_pos_embed_learned", 3, 1) - tokens
-	c.VAEEmbedDim = dim("z_proj.weight", 2, 1)
-	encHidden := dim("encoder_blocks.0.mlp.fc1.weight", 2, 0)
 	decHidden := dim("decoder_blocks.0.mlp.fc1.weight", 2, 0)
-	c.DiffLossW = dim("diffloss.net.input_proj.weight", 2, 0)
+	encHidden := decHidden
+	if has("target_pos_embed_learned") {
+		c.Attention = Causal
+		c.BufferSize = dim("decoder_pos_embed_learned", 3, 1) - tokens
+	} else {
+		c.BufferSize = dim("encoder_pos_embed_learned", 3, 1) - tokens
+		encHidden = dim("encoder_blocks.0.mlp.fc1.weight", 2, 0)
+	}
+	if !has("token_emb.weight") {
+		c.VAEEmbedDim = dim("z_proj.weight", 2, 1)
+	}
+	switch {
+	case has("celoss.proj.weight"):
+		c.Head, c.VAEEmbedDim = CategoricalHead, 1
+		c.CodebookSize = dim("celoss.proj.weight", 2, 0)
+	case has("l2loss.proj.weight"):
+		c.Head = L2Head
+	case has("gmmloss.proj.weight"):
+		c.Head = GMMHead
+		c.Mixtures = dim("gmmloss.proj.weight", 2, 0) / (1 + 2*max(c.VAEEmbedDim, 1))
+	default:
+		c.DiffLossW = dim("diffloss.net.input_proj.weight", 2, 0)
+	}
 	if err != nil {
 		return nil, "", err
 	}

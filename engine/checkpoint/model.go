@@ -123,7 +123,7 @@ func describe(f *File, o MAROptions, meta map[string]string) (*Model, error) {
 			m.Kind = KindVQ
 		case f.tensors["encoder.conv_in.weight"] != nil:
 			m.Kind = KindKL
-		case f.tensors["mask_token"] != nil && f.tensors["diffusion_pos_embed_learned"] != nil:
+		case (f.tensors["mask_token"] != nil || f.tensors["target_pos_embed_learned"] != nil) && f.tensors["diffusion_pos_embed_learned"] != nil:
 			m.Kind = KindMAR
 		case f.isDiT():
 			m.Kind = KindDiT
@@ -211,10 +211,13 @@ func (m *Model) sampling(meta map[string]string) error {
 // marSampling is what the authors sample a MAR with.
 func (m *Model) marSampling() {
 	m.Sampling = Sampling{Iters: 64, HeadSteps: m.MAR.NumSamplingSteps, MaxTimestep: 999, CFG: 1, CFGSchedule: "linear", Temperature: 1}
+	if m.MAR.IsCausal() {
+		m.Sampling.Iters = m.MAR.Tokens() // one token at a time
+	}
 	if m.Sampling.HeadSteps < 2 { // nothing can be sampled in one step
 		m.Sampling.HeadSteps = marDefaults().NumSamplingSteps
 	}
-	if c := m.MAR; c.VAEEmbedDim == 16 { // README.md of LTH14/mar
+	if c := m.MAR; c.VAEEmbedDim == 16 && c.HeadKind() == DiffusionHead && !c.IsCausal() { // README.md of LTH14/mar
 		m.Sampling.CFG = map[marSize]float64{
 			{768, 12, 12, 6, 1024}: 2.9, {1024, 16, 16, 8, 1280}: 3.0, {1280, 20, 16, 12, 1536}: 3.2,
 		}[marSize{c.EncoderEmbedDim, c.EncoderDepth, c.EncoderNumHeads, c.DiffLossD, c.DiffLossW}]

@@ -43,14 +43,14 @@ func (m *Model) EmbedBuffer(c *engine.Ctx, class *engine.Tensor) *engine.Tensor 
 	y := c.New(engine.F32, n*b, m.Config.EncoderEmbedDim)
 	c.Scoped(func() {
 		x := c.New(engine.F32, n*b, m.Config.EncoderEmbedDim)
-		c.Rows(engine.RowsArgs{Y: x, A: class, IA: c.I32(ia), B: m.EncoderPos.T, IB: c.I32(ib), Count: n * b})
+		c.Rows(engine.RowsArgs{Y: x, A: class, IA: c.I32(ia), B: m.inputPos().T, IB: c.I32(ib), Count: n * b})
 		c.Norm(m.ZProjLN.Args(x, y))
 	})
 	return y
 }
 
-// EmbedTokens makes the encoder's input rows of tokens [n, C] F32 at positions
-// pos: [n, De], LN(z_proj(token) + position).
+// EmbedTokens makes the encoder's input rows of tokens [n, C] F32, or of codes
+// I32 [n], at positions pos: [n, De], LN(z_proj(token) + position).
 func (m *Model) EmbedTokens(c *engine.Ctx, tokens *engine.Tensor, pos []int32) *engine.Tensor {
 	if c.Err() != nil {
 		return nil
@@ -61,9 +61,14 @@ func (m *Model) EmbedTokens(c *engine.Ctx, tokens *engine.Tensor, pos []int32) *
 	}
 	y := c.New(engine.F32, len(pos), m.Config.EncoderEmbedDim)
 	c.Scoped(func() {
-		e := m.ZProj.Forward(c, tokens, engine.F32)
 		x := c.New(engine.F32, len(pos), m.Config.EncoderEmbedDim)
-		c.Rows(engine.RowsArgs{Y: x, A: e, B: m.EncoderPos.T, IB: c.I32(ib), Count: len(pos)})
+		a := engine.RowsArgs{Y: x, B: m.inputPos().T, IB: c.I32(ib), Count: len(pos)}
+		if m.TokenEmb != nil {
+			a.A, a.IA = m.TokenEmb.Weight.T, tokens
+		} else {
+			a.A = m.ZProj.Forward(c, tokens, engine.F32)
+		}
+		c.Rows(a)
 		c.Norm(m.ZProjLN.Args(x, y))
 	})
 	return y

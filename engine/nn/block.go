@@ -138,12 +138,15 @@ func (b *Block) ForwardRows(c *engine.Ctx, x *engine.Tensor, s Spans, ids *engin
 }
 
 func (b *Block) attend(c *engine.Ctx, q, k, v, o *engine.Tensor, qs, ks Spans) {
-	if c.Err() != nil {
-		return
+	if c.Err() == nil {
+		c.Attention(b.attention(q, k, v, o, qs, ks))
 	}
-	c.Attention(engine.AttentionArgs{Q: q, K: k, V: v, O: o, Heads: b.Attn.Heads,
+}
+
+func (b *Block) attention(q, k, v, o *engine.Tensor, qs, ks Spans) engine.AttentionArgs {
+	return engine.AttentionArgs{Q: q, K: k, V: v, O: o, Heads: b.Attn.Heads,
 		Scale: float32(1 / math.Sqrt(float64(o.Cols()/b.Attn.Heads))),
-		QOff:  qs.Off, KOff: ks.Off, QOffHost: qs.Host, KOffHost: ks.Host})
+		QOff:  qs.Off, KOff: ks.Off, QOffHost: qs.Host, KOffHost: ks.Host}
 }
 
 // mlpRows bounds the rows whose hidden layer exists at once: rows are

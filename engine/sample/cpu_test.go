@@ -9,6 +9,7 @@ import (
 
 	"margo/cpu"
 	"margo/engine"
+	"margo/engine/checkpoint"
 )
 
 // On the CPU device an image has the same bits in a batch of 1, 3 or 8 and with
@@ -53,5 +54,29 @@ func TestCPUReplay(t *testing.T) {
 	compare(t, "final tokens", got, patchOne(tr.floats("final_tokens"), m.Config.TokenDim(), m.Config.Tokens()), 8.4e-5)
 	if slices.ContainsFunc(got, func(v float32) bool { return v > 4 || v < -4 }) {
 		t.Error("tokens of a trained model are of order 1")
+	}
+}
+
+// Every legal combination samples on the CPU, and an image is the same alone and
+// in a batch, bit for bit.
+func TestCPUCombinations(t *testing.T) {
+	dev, err := cpu.New(cpu.Options{Threads: 2, Poison: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, attention := range attentions {
+		for _, order := range orderKinds {
+			for _, head := range heads {
+				tok := "kl"
+				if head == checkpoint.CategoricalHead {
+					tok = "vq"
+				}
+				for _, d := range []engine.DType{engine.F32, engine.BF16} {
+					t.Run(fmt.Sprint(attention, "/", order, "/", head, "/", d), func(t *testing.T) {
+						checkCombination(t, dev, d, attention, RandomOrder, order, head, tok)
+					})
+				}
+			}
+		}
 	}
 }

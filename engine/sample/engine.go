@@ -46,6 +46,9 @@ type Engine struct {
 // tokens but no pixels, unless tokens are pixels themselves (P49). Fails with
 // Invalid if a parameter has no value.
 func Open(m *mar.Model, tok Decoder, dev engine.Device, o Options) (*Engine, error) {
+	if err := decodes(&m.Config, tok); err != nil {
+		return nil, err
+	}
 	return open(marFamily{m}, tok, dev, o)
 }
 
@@ -154,7 +157,8 @@ func (e *Engine) Run(ctx context.Context, r Request, progress func(Progress), si
 }
 
 func (e *Engine) newRun(r *Request, c *engine.Ctx) *run {
-	return &run{shape: e.model.shape(), tok: e.tok, opt: e.opt, r: r, c: c, set: e.dev.Info().WorkingSet}
+	return &run{shape: e.model.shape(), tok: e.tok, opt: e.opt, r: r, c: c, set: e.dev.Info().WorkingSet,
+		paged: e.dev.Supports(engine.OpPagedAttention, e.opt.Compute)}
 }
 
 // finish brings the context back to where a run may begin and says Cancelled in

@@ -55,29 +55,63 @@ func (w *marTask) sample(run *run, tell func(iter int)) *engine.Tensor {
 	c := w.c
 	t := w.tables(w.b)
 	w.clock.lap(c, nil)
+	done := func(number int) bool {
+		if c.Err() == nil && w.r.AfterIterate != nil && t.tokens != nil {
+			w.r.AfterIterate(number, c.Download(t.tokens))
+		}
+		if c.Err() == nil {
+			tell(number + 1)
+		}
+		return c.Err() == nil
+	}
+	for s := 0; s < w.iters && w.b.open; s++ {
+		it := w.b.schedule(s)
+		if len(it.rows) > 0 {
+			c.Scoped(func() { w.confident(&it, w.b, t) })
+		}
+		w.b.advance()
+		if !done(s) {
+			return nil
+		}
+	}
 	for i := range w.b.iters {
 		it := &w.b.iters[i]
 		if len(w.r.Only) == 0 || slices.Contains(w.r.Only, it.number) {
 			c.Scoped(func() { w.iterate(it, t) })
 		}
-		if c.Err() != nil {
+		if !done(it.number) {
 			return nil
 		}
-		if w.r.AfterIterate != nil {
-			w.r.AfterIterate(it.number, c.Download(t.tokens))
-		}
-		tell(it.number + 1)
+	}
+	if t.codes != nil {
+		return t.placed(c)
 	}
 	return t.tokens
+}
+
+// placed are the codes by image and position; 0 where none was drawn.
+func (t *tables) placed(c *engine.Ctx) *engine.Tensor {
+	drawn := ints(c, t.codes)
+	if c.Err() != nil {
+		return nil
+	}
+	all := make([]int32, len(drawn))
+	for i, row := range t.rows {
+		all[row] = drawn[i]
+	}
+	return c.I32(all)
 }
 
 // tables are what a batch keeps on the device.
 type tables struct {
 	buffers  *engine.Tensor // [classes·B, De]: encoder rows of the buffer tokens
 	embedded *engine.Tensor // [N·L, De]: encoder rows of the known tokens
-	tokens   *engine.Tensor // [N·L, C]
-	time     *engine.Tensor // [T, W]
-	maskQKV  *engine.Tensor // [B+L, 3·Dd]
+	tokens   *engine.Tensor // [N·L, C]; nil where tokens are codes
+	time     *engine.Tensor // [T, W]: of the diffusion head
+	maskQKV  *engine.Tensor // [B+L, 3·Dd]: with bidirectional attention
+	cache    *mar.Cache     // with causal attention
+	codes    *engine.Tensor // I32 [N·L], in the order of rows
+	rows     []int32        // image·L + position of each code so far
 	steps    []engine.StepCoef
 	exact    []bool
 }
@@ -86,21 +120,36 @@ type tables struct {
 func (w *marTask) tables(b *batch) *tables {
 	c, m, cfg := w.c, w.model, &w.model.Config
 	n, l, ch := len(b.images), cfg.Tokens(), cfg.TokenDim()
-	t := &tables{steps: w.proc.Steps()}
-	t.exact = diffusion.ExactSteps(t.steps)
-	t.tokens = c.New(engine.F32, n*l, ch)
-	t.embedded = c.New(engine.F32, n*l, cfg.EncoderEmbedDim)
-	steps := make([]float32, len(t.steps))
-	for i, s := range t.steps {
-		steps[i] = float32(s.Timestep)
+	t := &tables{}
+	clean := []*engine.Tensor{}
+	if cfg.Discrete() {
+		t.codes = c.New(engine.I32, n*l)
+	} else {
+		t.tokens = c.New(engine.F32, n*l, ch)
+		clean = append(clean, t.tokens)
 	}
-	t.time = m.Head.Time(c, c.F32(steps, len(steps)))
-	t.maskQKV = m.MaskQKV(c)
+	t.embedded = c.New(engine.F32, n*l, cfg.EncoderEmbedDim)
+	clean = append(clean, t.embedded)
+	if m.Head != nil {
+		t.steps = w.proc.Steps()
+		t.exact = diffusion.ExactSteps(t.steps)
+		steps := make([]float32, len(t.steps))
+		for i, s := range t.steps {
+			steps[i] = float32(s.Timestep)
+		}
+		t.time = m.Head.Time(c, c.F32(steps, len(steps)))
+	}
+	if cfg.IsCausal() {
+		size := min(mar.CacheBlock, m.SeqRows())
+		t.cache = m.NewCache(c, b.sequences(), b.cached()*m.CacheBlocks(size), size, w.paged)
+	} else {
+		t.maskQKV = m.MaskQKV(c)
+	}
 	t.buffers = m.EmbedBuffer(c, m.ClassRows(c, b.classes))
 	if c.Err() != nil {
 		return t
 	}
-	for _, z := range []*engine.Tensor{t.tokens, t.embedded} {
+	for _, z := range clean {
 		c.Fail(c.Stream.Fill(z, 0))
 	}
 	if k := w.r.Known; k != nil {
@@ -114,35 +163,65 @@ func (w *marTask) known(k *Known, n int, t *tables) {
 	c, l, ch := w.c, w.model.Config.Tokens(), w.model.Config.TokenDim()
 	var pos, rows []int32
 	var values []float32
+	var codes []int32
 	for i := range n {
 		for p, unknown := range k.Unknown {
 			if !unknown {
 				pos, rows = append(pos, int32(p)), append(rows, int32(i*l+p))
-				values = append(values, k.Tokens[p*ch:(p+1)*ch]...)
+				if t.codes != nil {
+					codes = append(codes, k.Codes[p])
+				} else {
+					values = append(values, k.Tokens[p*ch:(p+1)*ch]...)
+				}
 			}
 		}
 	}
-	if len(pos) > 0 {
-		c.Scoped(func() { w.learn(c.F32(values, len(pos), ch), pos, c.I32(rows), t) })
+	if len(pos) == 0 {
+		return
 	}
+	c.Scoped(func() {
+		if t.codes != nil {
+			w.learn(c.I32(codes), pos, rows, t)
+		} else {
+			w.learn(c.F32(values, len(pos), ch), pos, rows, t)
+		}
+	})
 }
 
 // learn writes sampled or given tokens x into rows, and what the encoder will
 // see of them.
-func (w *marTask) learn(x *engine.Tensor, pos []int32, rows *engine.Tensor, t *tables) {
+func (w *marTask) learn(x *engine.Tensor, pos, rows []int32, t *tables) {
 	c := w.c
-	c.Rows(engine.RowsArgs{Y: t.tokens, A: x, IY: rows, Count: len(pos)})
-	c.Rows(engine.RowsArgs{Y: t.embedded, A: w.model.EmbedTokens(c, x, pos), IY: rows, Count: len(pos)})
+	if c.Err() != nil {
+		return
+	}
+	if t.codes != nil {
+		at := len(t.rows)
+		c.Fail(c.Stream.Copy(t.codes.Slice(at, at+len(rows)), x.Reshape(1, len(rows))))
+		t.rows = append(t.rows, rows...)
+	}
+	to := c.I32(rows)
+	if t.codes == nil {
+		c.Rows(engine.RowsArgs{Y: t.tokens, A: x, IY: to, Count: len(pos)})
+	}
+	c.Rows(engine.RowsArgs{Y: t.embedded, A: w.model.EmbedTokens(c, x, pos), IY: to, Count: len(pos)})
 }
 
 // iterate is one autoregressive iteration: the trunk gives z for the tokens that
 // are due, the head samples them.
 func (w *marTask) iterate(it *iteration, t *tables) {
+	w.clock.lap(w.c, nil)
+	x := w.sampled(it, t, nil)
+	w.clock.lap(w.c, &w.clock.parts.Head)
+	w.learn(x, it.pos, it.rows, t)
+}
+
+// diffused samples the tokens of it with the diffusion head.
+func (w *marTask) diffused(it *iteration, t *tables) *engine.Tensor {
 	c, m, n := w.c, w.model, len(it.rows)
-	w.clock.lap(c, nil)
 	cond := c.New(engine.F32, len(it.cond), m.Head.Width)
 	c.Scoped(func() {
-		z := w.trunk(it.seqs, t)
+		z := w.trunk(it, t)
 		c.Rows(engine.RowsArgs{Y: cond, A: m.Head.Cond(c, z), IA: c.I32(it.cond), Count: len(it.cond)})
 	})
 	a := engine.HeadStepsArgs{Cond: cond, Time: t.time, Steps: t.steps, ExactStep: t.exact, Scratch: headScratch,
@@ -152,15 +231,20 @@ func (w *marTask) iterate(it *iteration, t *tables) {
 	}
 	w.draw(it, &a)
 	m.Head.Steps(c, a)
-	w.clock.lap(c, &w.clock.parts.Head)
-	w.learn(a.X, it.pos, c.I32(it.rows), t)
+	return a.X
 }
 
 // trunk gives z of all wanted positions, sequence by sequence: [n, Dd]. Sequences
 // are independent, so a large batch goes through in groups whose activations a
 // CPU's cache holds; the result does not depend on them.
-func (w *marTask) trunk(seqs []mar.Seq, t *tables) *engine.Tensor {
+func (w *marTask) trunk(it *iteration, t *tables) *engine.Tensor {
 	c, m, want := w.c, w.model, 0
+	if t.cache != nil {
+		z := m.Extend(c, t.buffers, t.embedded, t.cache, it.exts)
+		w.clock.lap(c, &w.clock.parts.Decoder)
+		return z
+	}
+	seqs := it.seqs
 	for _, s := range seqs {
 		want += len(s.Want)
 	}
@@ -212,11 +296,7 @@ func groups(seqs []mar.Seq, n int) [][]mar.Seq {
 func (w *marTask) draw(it *iteration, a *engine.HeadStepsArgs) {
 	c, n, ch := w.c, len(it.rows), w.model.Config.TokenDim()
 	if w.r.Draws == nil {
-		ids := make([]int32, 0, 2*n)
-		for _, t := range it.ids {
-			ids = append(ids, int32(t.Token), int32(uint32(t.Image)))
-		}
-		a.IDs = c.I32(ids, n, 2)
+		a.IDs = w.ids(it)
 		a.X = c.New(engine.F32, n, ch)
 		c.Normal(engine.NormalArgs{Y: a.X, IDs: a.IDs, RNG: engine.RNG{Seed: w.r.Seed, Purpose: engine.PurposeInitNoise}})
 		return

@@ -39,6 +39,13 @@ type Request struct {
 	HeadSteps   int // diffusion steps of the head, from MaxTimestep down to 0
 	MaxTimestep int
 	CFGSchedule string // Linear or Constant
+	Order       string // RandomOrder, RasterOrder or ConfidenceOrder; "": the model's
+
+	// Of a MAR's categorical head; Temperature is that of the softmax (P3).
+	TopK              int     // of the codes, the likeliest; 0: all
+	TopP              float64 // the likeliest codes that make up this probability; 0 or 1: all
+	CodeSampler       string  // Gumbel or Inverse; "": Gumbel
+	ChoiceTemperature float64 // ConfidenceOrder: of the confidence's noise, which falls to 0 with the iterations
 
 	// Of a DiT.
 	Steps       string  // respacing as diffusion.Respace takes it: a count, counts of sections, or ddimN
@@ -55,6 +62,7 @@ type Request struct {
 // Known is an image of which a part is to be kept (P104).
 type Known struct {
 	Tokens  []float32 // [L,C]; values at unknown positions are not read
+	Codes   []int32   // [L], in the place of Tokens where tokens are codes
 	Unknown []bool    // [L]: to be sampled
 }
 
@@ -62,7 +70,7 @@ type Known struct {
 // guidance.
 func Defaults() Request {
 	return Request{N: 1, Batch: 1, Iters: 64, HeadSteps: 100, MaxTimestep: diffusion.TrainSteps - 1,
-		CFG: 1, CFGSchedule: Linear, Temperature: 1,
+		CFG: 1, CFGSchedule: Linear, Temperature: 1, ChoiceTemperature: 4.5, // MaskGIT's
 		Steps: "250", Sampler: DDPM, CFGChannels: GuideThree}
 }
 
@@ -71,7 +79,8 @@ type Image struct {
 	Index, Class int // Class -1: unconditional
 	H, W         int
 	Pixels       []float32 // [H,W,3] RGB, -1 to 1 but not clipped; nil without a tokenizer, unless tokens are pixels
-	Tokens       []float32 // [L,C]
+	Tokens       []float32 // [L,C]; nil where tokens are codes
+	Codes        []int32   // [L], of the categorical head
 	MaxToken     float32   // largest |token|
 	Warning      string    // what is wrong with it and what may cure it; "" if nothing
 }
@@ -122,22 +131,18 @@ func (r *Request) validate(m family) error {
 
 func (f marFamily) check(r *Request) error {
 	cfg := &f.model.Config
-	l := cfg.Tokens()
 	switch {
 	case r.Iters < 1 || r.Iters > 1<<20:
 		return invalid("%d iterations", r.Iters)
 	case r.CFGSchedule != Linear && r.CFGSchedule != Constant:
 		return invalid("guidance schedule %q; there are %q and %q", r.CFGSchedule, Linear, Constant)
 	}
-	if k := r.Known; k != nil {
-		if len(k.Unknown) != l || len(k.Tokens) != l*cfg.TokenDim() {
-			return invalid("the known image has %d positions and %d token values, the model %d and %d",
-				len(k.Unknown), len(k.Tokens), l, l*cfg.TokenDim())
-		}
-		for i, v := range k.Tokens {
-			if !k.Unknown[i/cfg.TokenDim()] && !finite(float64(v)) {
-				return invalid("the known token %d is not finite", i/cfg.TokenDim())
-			}
+	if err := r.validateVariant(cfg); err != nil {
+		return err
+	}
+	if r.Known != nil {
+		if err := r.Known.fits(cfg); err != nil {
+			return err
 		}
 	}
 	for _, s := range r.Only {

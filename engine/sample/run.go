@@ -37,7 +37,8 @@ func (s shape) pixels() bool { return s.stride == 1 && s.channels == 3 }
 type task interface {
 	// steps is the number of iterations that tell counts up to.
 	steps() int
-	// sample makes the tokens [n·L, C] F32 of the images in w's arena; nil after an
+	// sample makes the tokens [n·L, C] F32 of the images, or their codes I32 [n·L], in
+	// w's arena; nil after an
 	// error. tell is called after each iteration with how many are done.
 	sample(w *run, tell func(iter int)) *engine.Tensor
 	// advice is what may cure tokens far outside the data's range.
@@ -53,6 +54,7 @@ type run struct {
 	c     *engine.Ctx
 	clock clock
 	set   int64 // Info.WorkingSet
+	paged bool  // the device has OpPagedAttention
 }
 
 // clock adds the time between two calls of lap to a part.
@@ -79,6 +81,9 @@ func (w *run) batch(t task, first, n int, tell func(iter int)) ([]Image, error) 
 	tokens := t.sample(w, tell)
 	if w.c.Err() != nil {
 		return nil, w.c.Err()
+	}
+	if tokens.DType == engine.I32 {
+		return w.coded(first, n, tokens)
 	}
 	return w.images(t, first, n, tokens)
 }
@@ -115,6 +120,29 @@ func (w *run) images(t task, first, n int, tokens *engine.Tensor) ([]Image, erro
 	return out, c.Err()
 }
 
+// coded reads codes back and decodes them.
+func (w *run) coded(first, n int, codes *engine.Tensor) ([]Image, error) {
+	c, l, side := w.c, w.shape.tokens(), w.shape.grid
+	all := ints(c, codes)
+	if c.Err() != nil {
+		return nil, c.Err()
+	}
+	out := make([]Image, n)
+	for i := range out {
+		out[i] = Image{Index: first + i, Class: w.r.class(first + i), Codes: all[i*l : (i+1)*l : (i+1)*l]}
+	}
+	w.clock.lap(c, nil)
+	for i := 0; i < len(out) && w.tok != nil; {
+		k := min(w.decodeBatch(), len(out)-i)
+		c.Scoped(func() {
+			w.pixels(out[i:i+k], w.tok.(codeDecoder).DecodeCodes(c, all[i*l:(i+k)*l], k, side, side))
+		})
+		i += k
+	}
+	w.clock.lap(c, &w.clock.parts.Tokenizer)
+	return out, c.Err()
+}
+
 func warning(most float32, t interface{ advice() string }) string {
 	if most <= maxToken {
 		return ""
@@ -145,8 +173,16 @@ func (w *run) decode(out []Image, tokens *engine.Tensor) {
 			return
 		}
 	}
-	v := c.Download(x)
-	if c.Err() != nil {
+	w.pixels(out, x)
+}
+
+// pixels hands out the pixels x [n,H,W,3].
+func (w *run) pixels(out []Image, x *engine.Tensor) {
+	if w.c.Err() != nil {
+		return
+	}
+	v := w.c.Download(x)
+	if w.c.Err() != nil {
 		return
 	}
 	h, wd := x.Shape[1], x.Shape[2]

@@ -433,7 +433,7 @@ func TestInvalid(t *testing.T) {
 		"class":       func(r *Request) { r.Labels = []int{3, 10} },
 		"known size":  func(r *Request) { r.Known = &Known{} },
 		"known values": func(r *Request) {
-			r.Known = &Known{slices.Repeat([]float32{float32(math.NaN())}, 256), make([]bool, 16)}
+			r.Known = &Known{Tokens: slices.Repeat([]float32{float32(math.NaN())}, 256), Unknown: make([]bool, 16)}
 		},
 		"only":  func(r *Request) { r.Only = []int{4} },
 		"order": func(r *Request) { r.Draws = &badOrder{} },

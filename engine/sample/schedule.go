@@ -47,6 +47,9 @@ type image struct {
 	order        []int
 	visible      []bool
 	left, next   int // order[:left] is unknown, after this iteration order[:next]
+
+	full []int // causal: all positions in the order of generation
+	at   int   // causal: full[at] is the token asked for last; those before it are in the cache
 }
 
 // TokenID names a token of an image.
@@ -54,9 +57,10 @@ type TokenID struct{ Image, Token int }
 
 // iteration is one step of the autoregressive loop for a batch.
 type iteration struct {
-	number   int       // of Request.Iters
-	seqs     []mar.Seq // Image counts within the batch
-	rows     []int32   // image·L + position of each token to be predicted
+	number   int             // of Request.Iters
+	seqs     []mar.Seq       // Image counts within the batch
+	exts     []mar.Extension // causal: in the place of seqs
+	rows     []int32         // image·L + position of each token to be predicted
 	pos      []int32
 	ids      []TokenID
 	cond     []int32   // row of z for each row of the head: conditional, then unconditional
@@ -65,26 +69,30 @@ type iteration struct {
 
 // batch is the schedule of images that are made together.
 type batch struct {
+	r       *Request
+	tokens  int // L
 	images  []image
 	classes []int // rows of the class table
-	iters   []iteration
+	causal  bool
+	open    bool        // confidence order: iterations are scheduled as the run goes
+	iters   []iteration // the whole schedule, unless open
 }
+
+// row is the row of the class table of a class.
+func (b *batch) row(class int) int { return slices.Index(b.classes, class) }
 
 // newBatch schedules the images first … first+n-1 of r.
 func newBatch(cfg *mar.Config, r *Request, first, n int) (*batch, error) {
-	l := cfg.Tokens()
-	b := &batch{}
-	table := map[int]int{}
-	row := func(class int) int {
-		if _, ok := table[class]; !ok {
-			table[class] = len(b.classes)
-			b.classes = append(b.classes, class)
-		}
-		return table[class]
-	}
+	l, kind := cfg.Tokens(), r.orderKind(cfg)
+	b := &batch{r: r, tokens: l, causal: cfg.IsCausal(), open: kind == ConfidenceOrder}
 	for i := range n {
-		im := image{index: first + i, class: r.class(first + i), visible: make([]bool, l)}
-		order, err := r.order(im.index, l)
+		im := image{index: first + i, class: r.class(first + i), visible: make([]bool, l), at: -1}
+		for _, class := range []int{im.class, -1} {
+			if used := class == im.class || r.CFG != 1; used && b.row(class) < 0 {
+				b.classes = append(b.classes, class)
+			}
+		}
+		order, err := r.order(kind, im.index, l)
 		if err != nil {
 			return nil, err
 		}
@@ -96,10 +104,14 @@ func newBatch(cfg *mar.Config, r *Request, first, n int) (*batch, error) {
 			}
 		}
 		im.left = len(im.order)
+		if b.causal {
+			im.full = r.generation(kind, order)
+		}
 		b.images = append(b.images, im)
 	}
-	for s := range r.Iters {
-		it := b.iterate(s, r, l, row)
+	for s := 0; s < r.Iters && !b.open; s++ {
+		it := b.schedule(s)
+		b.advance()
 		if len(it.rows) > 0 {
 			b.iters = append(b.iters, it)
 		}
@@ -107,8 +119,49 @@ func newBatch(cfg *mar.Config, r *Request, first, n int) (*batch, error) {
 	return b, nil
 }
 
-// iterate schedules iteration s and moves the images' state past it.
-func (b *batch) iterate(s int, r *Request, l int, row func(int) int) iteration {
+// schedule plans iteration s of images whose state is that after iteration s-1.
+func (b *batch) schedule(s int) iteration {
+	if b.causal {
+		return b.extend(s)
+	}
+	return b.iterate(s)
+}
+
+// advance moves the images' state past the iteration that was scheduled.
+func (b *batch) advance() {
+	for i := range b.images {
+		im := &b.images[i]
+		for _, p := range im.order[im.next:im.left] {
+			im.visible[p] = true
+		}
+		im.left = im.next
+	}
+}
+
+// generation is the order in which a causal model meets all positions: known
+// ones first, unless the order is raster.
+func (r *Request) generation(kind string, order []int) []int {
+	full := slices.Clone(order)
+	slices.Reverse(full)
+	if r.Known != nil && kind != RasterOrder {
+		slices.SortStableFunc(full, func(a, b int) int {
+			ua, ub := r.Known.Unknown[a], r.Known.Unknown[b]
+			switch {
+			case ua == ub:
+				return 0
+			case ub:
+				return -1
+			}
+			return 1
+		})
+	}
+	return full
+}
+
+// iterate is schedule for bidirectional attention. In confidence order all
+// unknown tokens are asked for.
+func (b *batch) iterate(s int) iteration {
+	r, l, row := b.r, b.tokens, b.row
 	it := iteration{number: s}
 	set := seqSet{tokens: l, at: map[seqKey]int{}}
 	guided := r.CFG != 1
@@ -123,7 +176,11 @@ func (b *batch) iterate(s int, r *Request, l int, row func(int) int) iteration {
 		if s == r.Iters-1 {
 			im.next = 0
 		}
-		want := slices.Sorted(slices.Values(im.order[im.next:im.left]))
+		from := im.next
+		if b.open && im.next < im.left {
+			from = 0
+		}
+		want := slices.Sorted(slices.Values(im.order[from:im.left]))
 		if len(want) == 0 {
 			continue // more iterations than tokens: nothing to predict this time
 		}
@@ -145,13 +202,6 @@ func (b *batch) iterate(s int, r *Request, l int, row func(int) int) iteration {
 		cond = append(cond, uncond...)
 	}
 	it.seqs, it.cond = set.resolve(cond)
-	for i := range b.images {
-		im := &b.images[i]
-		for _, p := range im.order[im.next:im.left] {
-			im.visible[p] = true
-		}
-		im.left = im.next
-	}
 	return it
 }
 
@@ -222,7 +272,15 @@ type Draws interface {
 	Noise(iter int, ids []TokenID, steps, channels int) (init, noise []float32, err error)
 }
 
-func (r *Request) order(index, tokens int) ([]int, error) {
+// order is a permutation of the tokens, what stands last being generated first.
+func (r *Request) order(kind string, index, tokens int) ([]int, error) {
+	if kind == RasterOrder {
+		o := make([]int, tokens)
+		for i := range o {
+			o[i] = tokens - 1 - i
+		}
+		return o, nil
+	}
 	if r.Draws == nil {
 		return engine.Permutation(r.Seed, index, tokens), nil
 	}
