@@ -58,7 +58,7 @@ func (j *benchJob) subject(name string) (*subject, error) {
 		s.info = &checkpoint.Model{Kind: checkpoint.KindMAR, MAR: cfg, Sampling: checkpoint.Sampling{Iters: 64, HeadSteps: 100, MaxTimestep: 999, CFG: 3, CFGSchedule: sample.Linear, Temperature: 1}}
 		s.kl = checkpoint.KL16()
 	} else {
-		f, info, err := openMAR(name, shape, open)
+		f, info, err := openModel(name, shape, open)
 		if err != nil {
 			if !exists(name) && filepath.Base(name) == name && filepath.Ext(name) == "" {
 				return nil, usagef("--model: %q is neither a file nor one of %s, kl-16", name, strings.Join(checkpoint.MARNames(), ", "))

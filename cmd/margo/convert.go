@@ -20,7 +20,7 @@ func convertCommand() *cli.Command {
 		Name:      "convert",
 		Usage:     "write a checkpoint as safetensors with its settings",
 		UsageText: "margo convert IN OUT [flags]",
-		Description: `IN is any checkpoint that margo reads: the authors' .pth and .ckpt, or safetensors; of tokenizers also Lightning's .ckpt of taming-transformers and latent diffusion, and diffusers' autoencoders, whose tensors get LDM's names. OUT is a safetensors file with the configuration, the latent scale and the sampling defaults in its metadata, so that later commands need no flags. Every tensor of the model must be there with its shape, and no other. OUT appears complete or not at all, and replaces a file of that name.
+		Description: `IN is any checkpoint that margo reads: the authors' .pth and .ckpt, or safetensors; of tokenizers also Lightning's .ckpt of taming-transformers and latent diffusion, and diffusers' autoencoders, whose tensors get LDM's names; of DiT the authors' .pt and diffusers' layout, whose tensors get the authors' names. OUT is a safetensors file with the configuration, the latent scale and the sampling defaults in its metadata, so that later commands need no flags. Every tensor of the model must be there with its shape, and no other. OUT appears complete or not at all, and replaces a file of that name.
 
 bf16 halves the file and costs the precision that computing in bf16 costs anyway; f32 stays exact.
 
@@ -32,9 +32,9 @@ Examples:
 		Flags: slices.Concat([]cli.Flag{
 			&cli.StringFlag{Name: "dtype", Category: "Output", DefaultText: "as stored", Usage: "`DTYPE`|of the written tensors: f32 or bf16"},
 			latentScaleFlag("Metadata", "from the file or diffusers' config.json beside it, else the authors' 0.2325 where the latents have their shape (16 channels at stride 16) and diffusers' 0.18215 for its autoencoders of 4 channels"),
-			&cli.StringFlag{Name: "tokenizer", Category: "Metadata", Usage: "`NAME`|file of the tokenizer that belongs to a MAR, beside it"},
-			&cli.StringSliceFlag{Name: "set", Category: "Metadata", Usage: "`KEY=VALUE`|record a setting; margo reads iters, head_steps, max_timestep, cfg, cfg_schedule, temperature, class_names (a JSON list)"},
-			&cli.StringFlag{Name: "kind", Category: "Model", DefaultText: "from the tensors", Usage: "`KIND`|what the file holds: mar, kl or vq"},
+			&cli.StringFlag{Name: "tokenizer", Category: "Metadata", Usage: "`NAME`|file of the tokenizer that belongs to a MAR or DiT, beside it"},
+			&cli.StringSliceFlag{Name: "set", Category: "Metadata", Usage: "`KEY=VALUE`|record a setting; margo reads iters, head_steps, max_timestep, cfg_schedule (of a MAR), steps, sampler, eta, cfg_channels (of a DiT), cfg, temperature, class_names (a JSON list)"},
+			&cli.StringFlag{Name: "kind", Category: "Model", DefaultText: "from the tensors", Usage: "`KIND`|what the file holds: mar, dit, kl or vq"},
 			&cli.StringFlag{Name: "prefix", Category: "Model", Usage: "`TEXT`|use the tensors whose names begin so, and drop it (first_stage_model. in an LDM)"},
 			&cli.BoolFlag{Name: "skip-crc", Category: "Model", Usage: "accept a PyTorch archive whose checksums don't match"},
 		}, shapeFlags(), []cli.Flag{jsonFlag()}),
@@ -61,7 +61,7 @@ func convert(c *cli.Context) error {
 		o.DType = map[engine.DType]checkpoint.DType{engine.F32: checkpoint.F32, engine.BF16: checkpoint.BF16}[d]
 	}
 	if c.IsSet("kind") {
-		if err := oneOf(c, "kind", checkpoint.KindMAR, checkpoint.KindKL, checkpoint.KindVQ); err != nil {
+		if err := oneOf(c, "kind", checkpoint.KindMAR, checkpoint.KindDiT, checkpoint.KindKL, checkpoint.KindVQ); err != nil {
 			return err
 		}
 		o.Metadata["kind"] = c.String("kind")
@@ -106,8 +106,8 @@ func convert(c *cli.Context) error {
 	switch m := done.Model; {
 	case done.AssumedScale:
 		fmt.Fprintf(c.App.Writer, "latent scale: %s %g is assumed, since none is recorded (--latent-scale sets another)\n",
-			map[bool]string{true: "the authors'", false: "diffusers'"}[m.AuthorsLatents()], m.LatentScale)
-	case m.LatentScale == 0 && m.Kind == checkpoint.KindMAR && m.MAR.VAEStride > 1:
+			map[bool]string{true: "the authors'", false: "diffusers'"}[m.AuthorsLatents() || m.Kind == checkpoint.KindDiT], m.LatentScale)
+	case m.LatentScale == 0 && m.IsGenerator() && m.Stride() > 1:
 		fmt.Fprintf(c.App.Writer, "latent scale: not recorded; the tokenizer's will be used (--latent-scale sets one)\n")
 	}
 	if n := len(done.Ignored); n > 0 {

@@ -27,9 +27,10 @@ A model whose tensors are missing, misshapen or too many is reported with exit c
 Examples:
   margo inspect checkpoint-last.pth
   margo inspect models/fashion-mar.safetensors --tensors
-  margo inspect --config mar-large`,
+  margo inspect --config mar-large
+  margo inspect --config dit-xl/2`,
 		Flags: slices.Concat([]cli.Flag{
-			&cli.StringFlag{Name: "config", Category: "Model", Usage: "`NAME`|describe a configuration without weights: mar-base, mar-large, mar-huge, or a JSON file"},
+			&cli.StringFlag{Name: "config", Category: "Model", Usage: "`NAME`|describe a configuration without weights: mar-base, mar-large, mar-huge, dit-xl/2 (s, b, l, xl; 2, 4, 8), or a JSON file"},
 		}, shapeFlags(), []cli.Flag{
 			&cli.BoolFlag{Name: "tensors", Category: "Output", Usage: "list all tensors: name, dtype, shape"},
 			jsonFlag(),
@@ -143,10 +144,13 @@ func describeConfig(name string) (*description, error) {
 	m := &checkpoint.Model{Kind: checkpoint.KindMAR}
 	if slices.Contains(checkpoint.MARNames(), name) {
 		m.MAR, _ = checkpoint.NamedMAR(name)
+	} else if slices.Contains(checkpoint.DiTNames(), name) {
+		m.Kind = checkpoint.KindDiT
+		m.DiT, _ = checkpoint.NamedDiT(name)
 	} else {
 		text, err := os.ReadFile(name)
 		if os.IsNotExist(err) && !strings.ContainsAny(name, "./") {
-			return nil, usagef("--config: %q is neither a file nor one of %s", name, strings.Join(checkpoint.MARNames(), ", "))
+			return nil, usagef("--config: %q is neither a file nor one of %s", name, strings.Join(slices.Concat(checkpoint.MARNames(), checkpoint.DiTNames()), ", "))
 		}
 		if err != nil {
 			return nil, filef("read %s: %w", name, cause(err))
@@ -175,6 +179,13 @@ func (d *description) describe(m *checkpoint.Model) {
 		}
 		d.Tokens = &tokenGrid{m.MAR.Grid(), m.MAR.Grid(), m.MAR.TokenDim()}
 		names = []string{"embeddings", "encoder", "decoder", "diffusion head"}
+	} else if m.Kind == checkpoint.KindDiT {
+		d.Config = m.DiT
+		if m.Sampling.Steps != "" {
+			d.Sampling = &m.Sampling
+		}
+		d.Tokens = &tokenGrid{m.DiT.Grid(), m.DiT.Grid(), m.DiT.TokenDim()}
+		names = []string{"embeddings", "blocks", "final layer"}
 	} else {
 		d.Config = m.KL
 		names = []string{"encoder", "decoder"}
@@ -200,6 +211,12 @@ func partOf(kind, name string) string {
 		return slices.ContainsFunc(prefixes, func(p string) bool { return strings.HasPrefix(name, p) })
 	}
 	switch {
+	case kind == checkpoint.KindDiT && has("blocks."):
+		return "blocks"
+	case kind == checkpoint.KindDiT && has("final_layer."):
+		return "final layer"
+	case kind == checkpoint.KindDiT:
+		return "embeddings"
 	case kind == checkpoint.KindVQ && has("quantize."):
 		return "codebook"
 	case kind != checkpoint.KindMAR && has("encoder.", "quant_conv."):
@@ -244,6 +261,15 @@ func (d *description) print(w io.Writer) {
 			line("encoder", "%d blocks, width %d, %d heads", c.EncoderDepth, c.EncoderEmbedDim, c.EncoderNumHeads)
 			line("decoder", "%d blocks, width %d, %d heads", c.DecoderDepth, c.DecoderEmbedDim, c.DecoderNumHeads)
 			line("diffusion head", "%d blocks, width %d", c.DiffLossD, c.DiffLossW)
+		case m.DiT != nil:
+			c := m.DiT
+			line("kind", "dit: diffusion transformer over all tokens")
+			if m.Layout != "" {
+				line("layout", "%s: names are translated", m.Layout)
+			}
+			line("images", "%d×%d pixels, %d classes", m.PixelSize(), m.PixelSize(), c.NumClasses)
+			line("tokens", "%d×%d of %d channels (tokenizer stride %d, patch %d)", c.Grid(), c.Grid(), c.TokenDim(), c.VAEStride, c.PatchSize)
+			line("blocks", "%d, width %d, %d heads", c.Depth, c.HiddenSize, c.NumHeads)
 		case m.KL != nil:
 			c := m.KL
 			line("kind", "%s", map[bool]string{
@@ -265,7 +291,9 @@ func (d *description) print(w io.Writer) {
 		if d.Tokenizer != "" {
 			line("tokenizer", "%s", d.Tokenizer)
 		}
-		if s := d.Sampling; s != nil {
+		if s := d.Sampling; s != nil && s.Steps != "" {
+			line("sampling", "%s steps of %s, eta %g, cfg %g on channels %s, temperature %g", s.Steps, s.Sampler, s.Eta, s.CFG, s.CFGChannels, s.Temperature)
+		} else if s != nil {
 			line("sampling", "%d iterations × %d head steps up to timestep %d, cfg %g %s, temperature %g", s.Iters, s.HeadSteps, s.MaxTimestep, s.CFG, s.CFGSchedule, s.Temperature)
 		}
 		if n := len(d.Classes); n > 0 {

@@ -158,7 +158,7 @@ func TestExitCodes(t *testing.T) {
 		{[]string{"convert", text, at("o.safetensors")}, 3, "text.pth"},
 		{[]string{"convert", tinyPTH, at("o.safetensors")}, 2, "--heads"},
 		{[]string{"convert", tiny, at("o.safetensors"), "--dtype", "f8"}, 2, "f32 or bf16"},
-		{[]string{"convert", tiny, at("o.safetensors"), "--kind", "gan"}, 2, "mar or kl"},
+		{[]string{"convert", tiny, at("o.safetensors"), "--kind", "gan"}, 2, "mar or dit or kl"},
 		{[]string{"convert", tiny, at("o.safetensors"), "--set", "cfg"}, 2, "KEY=VALUE"},
 		{[]string{"convert", tiny, at("o.safetensors"), "--latent-scale", "0"}, 2, "--latent-scale"},
 		{[]string{"convert", tiny, at("o.safetensors"), "--set", "head_steps=1"}, 2, "head_steps is 1, it must be between 2 and 1000"},

@@ -5,9 +5,7 @@ import (
 
 	"margo/engine"
 	"margo/engine/load"
-	"margo/engine/mar"
 	"margo/engine/plan"
-	"margo/engine/sample"
 )
 
 // checkMemory refuses a job that the device cannot hold, before anything is
@@ -48,11 +46,11 @@ func (j *job) checkMemory(batchGiven bool, dev engine.Device, encode bool, outpu
 // memory is what the job takes at most.
 func (j *job) memory(encode bool) (int64, error) {
 	dev := plan.New(0)
-	m, err := mar.New(j.info.MAR)
+	m, err := newGenerator(j.info)
 	if err != nil {
 		return 0, err
 	}
-	if err := load.Allocate(engine.Params(m), dev, j.dtype); err != nil {
+	if err := load.Allocate(m.params, dev, j.dtype); err != nil {
 		return 0, err
 	}
 	tok, params, err := j.tokenizer.make(encode)
@@ -62,7 +60,7 @@ func (j *job) memory(encode bool) (int64, error) {
 	if err := load.Allocate(params, dev, j.dtype); err != nil {
 		return 0, err
 	}
-	e, err := sample.Open(m, tok, dev, j.options())
+	e, err := m.open(tok, dev, j.options())
 	if err != nil {
 		return 0, err
 	}

@@ -14,9 +14,11 @@ import (
 	"margo/cuda"
 	"margo/engine"
 	"margo/engine/checkpoint"
+	"margo/engine/dit"
 	"margo/engine/load"
 	"margo/engine/mar"
 	"margo/engine/ref"
+	"margo/engine/sample"
 	"margo/engine/tokenizer"
 )
 
@@ -49,25 +51,25 @@ func isCUDA(name string) bool {
 // noCUDA begins the message that says why there is no such device.
 const noCUDA = "no CUDA device"
 
-// openMAR opens a model's file and reads what it says about itself; no weights
-// are loaded yet. Shapes are checked, so what a caller refuses next is refused
+// openModel opens the file of a MAR or DiT and reads what it says about itself; no
+// weights are loaded yet. Shapes are checked, so what a caller refuses next is refused
 // before any work.
-func openMAR(path string, shape checkpoint.MAROptions, open checkpoint.OpenOptions) (*checkpoint.File, *checkpoint.Model, error) {
+func openModel(path string, shape checkpoint.MAROptions, open checkpoint.OpenOptions) (*checkpoint.File, *checkpoint.Model, error) {
 	f, info, err := openKind(path, checkpoint.KindMAR, shape, open)
 	return f, info, err
 }
 
 // openKind opens a file that must hold a model of a kind; KindKL stands for any
-// tokenizer.
+// tokenizer, KindMAR for any model that makes images.
 func openKind(path, kind string, shape checkpoint.MAROptions, open checkpoint.OpenOptions) (*checkpoint.File, *checkpoint.Model, error) {
 	f, err := checkpoint.Open(path, open)
 	if err != nil {
 		return nil, nil, err
 	}
 	info, err := checkpoint.Describe(f, shape)
-	if err == nil && info.Kind != kind && !(kind == checkpoint.KindKL && info.IsTokenizer()) {
-		what := map[string]string{checkpoint.KindMAR: "a MAR", checkpoint.KindKL: "a tokenizer", checkpoint.KindVQ: "a tokenizer"}
-		err = filef("%s holds %s, not %s", path, what[info.Kind], what[kind])
+	if err == nil && info.IsTokenizer() != (kind == checkpoint.KindKL) {
+		what := map[string]string{checkpoint.KindMAR: "a MAR", checkpoint.KindDiT: "a DiT", checkpoint.KindKL: "a tokenizer", checkpoint.KindVQ: "a tokenizer"}
+		err = filef("%s holds %s, not %s", path, what[info.Kind], map[bool]string{true: "a tokenizer", false: "a MAR or DiT"}[kind == checkpoint.KindKL])
 	}
 	if err == nil {
 		_, err = checkpoint.Check(f, info.Params(), info.Ignorable)
@@ -79,13 +81,39 @@ func openKind(path, kind string, shape checkpoint.MAROptions, open checkpoint.Op
 	return f, info, nil
 }
 
-// loadMAR puts the weights on a device.
-func loadMAR(ctx context.Context, f *checkpoint.File, info *checkpoint.Model, dev engine.Device, d engine.DType) (*mar.Model, error) {
+// generator is a MAR or a DiT: its parameters, and how to sample from it.
+type generator struct {
+	params []engine.NamedParam
+	open   func(tok sample.Decoder, dev engine.Device, o sample.Options) (*sample.Engine, error)
+}
+
+// newGenerator describes the model, without values.
+func newGenerator(info *checkpoint.Model) (*generator, error) {
+	if info.Kind == checkpoint.KindDiT {
+		m, err := dit.New(info.DiT)
+		if err != nil {
+			return nil, err
+		}
+		return &generator{engine.Params(m), func(tok sample.Decoder, dev engine.Device, o sample.Options) (*sample.Engine, error) {
+			return sample.OpenDiT(m, tok, dev, o)
+		}}, nil
+	}
 	m, err := mar.New(info.MAR)
 	if err != nil {
 		return nil, err
 	}
-	return m, load.Bind(engine.Params(m), f, dev, d, load.Options{Progress: until(ctx)})
+	return &generator{engine.Params(m), func(tok sample.Decoder, dev engine.Device, o sample.Options) (*sample.Engine, error) {
+		return sample.Open(m, tok, dev, o)
+	}}, nil
+}
+
+// loadModel puts the weights on a device.
+func loadModel(ctx context.Context, f *checkpoint.File, info *checkpoint.Model, dev engine.Device, d engine.DType) (*generator, error) {
+	g, err := newGenerator(info)
+	if err != nil {
+		return nil, err
+	}
+	return g, load.Bind(g.params, f, dev, d, load.Options{Progress: until(ctx)})
 }
 
 // until ends a loading between two tensors once ctx is done.
@@ -112,15 +140,15 @@ func openTokenizer(path, modelPath string, info *checkpoint.Model, log *logrus.L
 // openScaled is openTokenizer with a latent scale that, unless it is 0, goes
 // before those that the files record.
 func openScaled(path, modelPath string, info *checkpoint.Model, givenScale float64, log *logrus.Logger) (*tokenizerFile, error) {
-	c := info.MAR
+	_, channels := info.Latents()
 	if path == "" && info.Tokenizer == "" {
-		if c.VAEStride == 1 && c.VAEEmbedDim == 3 {
+		if info.Stride() == 1 && channels == 3 {
 			if givenScale > 0 {
 				return nil, usagef("--latent-scale: %s works on pixels and has no latents", modelPath)
 			}
 			return &tokenizerFile{scale: 1}, nil // the tokens are pixels
 		}
-		return nil, usagef("%s does not name its tokenizer; pass --tokenizer FILE (kl16.ckpt for the published models)", modelPath)
+		return nil, usagef("%s does not name its tokenizer; pass --tokenizer FILE (kl16.ckpt for the published MAR models, sd-vae-ft-mse or -ema for the DiT ones)", modelPath)
 	}
 	named := path == ""
 	if named {
@@ -135,10 +163,10 @@ func openScaled(path, modelPath string, info *checkpoint.Model, givenScale float
 		return nil, err
 	}
 	t := &tokenizerFile{path: path, file: f, info: tok}
-	if tok.KL.EmbedDim != c.VAEEmbedDim || tok.KL.Stride() != c.VAEStride {
+	if tok.KL.EmbedDim != channels || tok.KL.Stride() != info.Stride() {
 		f.Close()
 		return nil, usagef("the tokenizer %s has latents of %d channels at stride %d, the model %s wants %d at stride %d",
-			path, tok.KL.EmbedDim, tok.KL.Stride(), modelPath, c.VAEEmbedDim, c.VAEStride)
+			path, tok.KL.EmbedDim, tok.KL.Stride(), modelPath, channels, info.Stride())
 	}
 	if tok.KL.OutChannels != 3 {
 		f.Close()
@@ -157,6 +185,9 @@ func openScaled(path, modelPath string, info *checkpoint.Model, givenScale float
 	case info.AuthorsLatents():
 		t.scale = checkpoint.DefaultLatentScale
 		log.Infof("neither file records the latent scale; using the authors' %g (margo convert --latent-scale records another)", t.scale)
+	case info.AssumedScale() > 0:
+		t.scale = info.AssumedScale()
+		log.Infof("neither file records the latent scale; using DiT's %g (margo convert --latent-scale records another)", t.scale)
 	case tok.AssumedScale() > 0:
 		t.scale = tok.AssumedScale()
 		log.Infof("neither file records the latent scale; using %g, the default of the tokenizer's library (margo convert --latent-scale records another)", t.scale)

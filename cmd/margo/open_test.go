@@ -32,7 +32,7 @@ func TestLatentScale(t *testing.T) {
 	if err := errors.Join(checkpoint.Save(t.Context(), silent, entries, meta), f.Close()); err != nil {
 		t.Fatal(err)
 	}
-	f, info, err := openMAR(fashion, checkpoint.MAROptions{}, checkpoint.OpenOptions{})
+	f, info, err := openModel(fashion, checkpoint.MAROptions{}, checkpoint.OpenOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -81,7 +81,7 @@ func TestLatentScale(t *testing.T) {
 
 // Loading stops between two tensors, and gives back what it took.
 func TestLoadingIsCancelled(t *testing.T) {
-	f, info, err := openMAR(fashion, checkpoint.MAROptions{}, checkpoint.OpenOptions{})
+	f, info, err := openModel(fashion, checkpoint.MAROptions{}, checkpoint.OpenOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -90,7 +90,7 @@ func TestLoadingIsCancelled(t *testing.T) {
 	cancel()
 	dev := ref.New(ref.Exact)
 	free := dev.Info().MemFree
-	if _, err := loadMAR(ctx, f, info, dev, engine.F32); exitCode(err) != exitInterrupted {
+	if _, err := loadModel(ctx, f, info, dev, engine.F32); exitCode(err) != exitInterrupted {
 		t.Errorf("exit %d: %v", exitCode(err), err)
 	}
 	if now := dev.Info().MemFree; now != free {

@@ -13,6 +13,7 @@ import (
 
 	"margo/engine"
 	"margo/engine/checkpoint"
+	"margo/engine/diffusion"
 	"margo/engine/imageio"
 	"margo/engine/sample"
 )
@@ -20,9 +21,11 @@ import (
 func sampleCommand() *cli.Command {
 	return &cli.Command{
 		Name:      "sample",
-		Usage:     "make images with a MAR",
+		Usage:     "make images with a MAR or a DiT",
 		UsageText: "margo sample --model FILE [--classes LIST] [-n N] [--out OUT] [flags]",
 		Description: `A MAR fills an image's tokens in random order, some at each of --iters iterations; a small diffusion network draws each token in --head-steps steps. More of both is slower and, up to a point, better. Settings that are not given come from the model's file, else they are the authors'.
+
+A DiT denoises all tokens at once, in --steps steps of the --sampler. Its guidance covers three of the four latent channels, as the authors' code has it for the published numbers, or with --cfg-channels all every one, as diffusers has it: images differ.
 
 Image i has the classes' item i mod their number, and its random numbers depend on --seed and i only: not on --batch, --threads or the other images. So --first-index continues a series, and on one device and dtype the same command gives the same bytes.
 
@@ -36,10 +39,12 @@ Examples:
   margo sample --model models/fashion-mar.safetensors --classes 0-9 -n 40 --out grid.png
   margo sample --model mar-base.safetensors --tokenizer kl16.safetensors \
       --classes 207,360 -n 8 --iters 64 --cfg 2.9 --dtype bf16 --out dogs
+  margo sample --model DiT-XL-2-256x256.pt --tokenizer sd-vae-ft-mse.safetensors \
+      --classes 207 --steps 50 --sampler ddim --cfg 4 --out dog.png
   margo sample --model mar-base.safetensors --image dog.png --mask hole.png \
       --classes 207 -n 4 --out filled.png`,
 		Flags: slices.Concat([]cli.Flag{
-			&cli.StringFlag{Name: "model", Aliases: []string{"m"}, Category: "Model", Usage: "`FILE`|the MAR's weights: safetensors, .pth, .pt or .ckpt (needed)"},
+			&cli.StringFlag{Name: "model", Aliases: []string{"m"}, Category: "Model", Usage: "`FILE`|the weights of a MAR or DiT: safetensors, .pth, .pt or .ckpt (needed)"},
 			&cli.StringFlag{Name: "tokenizer", Category: "Model", DefaultText: "the file that the model names, beside it", Usage: "`FILE`|the tokenizer's weights: KL, or VQ, whose latents before quantisation are the tokens"},
 			latentScaleFlag("Model", "the model's, else the tokenizer's"),
 		}, shapeFlags(), []cli.Flag{
@@ -51,10 +56,14 @@ Examples:
 			&cli.StringFlag{Name: "image", Category: "Images", Usage: "`FILE`|PNG or JPEG to complete (with --mask)"},
 			&cli.StringFlag{Name: "mask", Category: "Images", Usage: "`FILE`|PNG or JPEG, white where --image is to be filled"},
 
-			&cli.IntFlag{Name: "iters", Category: "Sampling", DefaultText: "the model's, else 64", Usage: "`N`|autoregressive iterations, at least 1; the paper uses 64 to 256"},
-			&cli.IntFlag{Name: "head-steps", Category: "Sampling", DefaultText: "the model's, else 100", Usage: "`N`|diffusion steps for each token, 2 to 1000"},
+			&cli.IntFlag{Name: "iters", Category: "Sampling", DefaultText: "the model's, else 64", Usage: "`N`|autoregressive iterations of a MAR, at least 1; the paper uses 64 to 256"},
+			&cli.IntFlag{Name: "head-steps", Category: "Sampling", DefaultText: "the model's, else 100", Usage: "`N`|diffusion steps for each token of a MAR, 2 to 1000"},
 			&cli.IntFlag{Name: "max-timestep", Category: "Sampling", DefaultText: "the model's, else 999", Usage: "`T`|largest diffusion timestep, 1 to 999; 950 cures the noise that young checkpoints give"},
-			&cli.Float64Flag{Name: "cfg", Category: "Sampling", DefaultText: "the model's, else 1", Usage: "`S`|classifier-free guidance scale; 1 is off and twice as fast, 2 to 4 sharpens"},
+			&cli.StringFlag{Name: "steps", Category: "Sampling", DefaultText: "the model's, else 250", Usage: "`SPEC`|reverse steps of a DiT, 2 to 1000: a count, counts of equal sections of the timesteps (60,40), or ddimN"},
+			&cli.StringFlag{Name: "sampler", Category: "Sampling", DefaultText: "the model's, else ddpm", Usage: "`NAME`|of a DiT: ddpm (learned variance) or ddim"},
+			&cli.Float64Flag{Name: "eta", Category: "Sampling", DefaultText: "the model's, else 0", Usage: "`ETA`|noise of ddim: 0 (none) to 1 (as much as ddpm's)"},
+			&cli.StringFlag{Name: "cfg-channels", Category: "Sampling", DefaultText: "the model's, else 3", Usage: "`WHICH`|latent channels that a DiT's guidance covers: 3, as the authors', or all, as diffusers'"},
+			&cli.Float64Flag{Name: "cfg", Category: "Sampling", DefaultText: "the model's, else 1; a DiT's 4", Usage: "`S`|classifier-free guidance scale; 1 is off and twice as fast, 2 to 4 sharpens"},
 			&cli.StringFlag{Name: "cfg-schedule", Category: "Sampling", DefaultText: "the model's, else linear", Usage: "`KIND`|linear: guidance grows from 1 to --cfg as tokens appear; constant: always --cfg"},
 			&cli.Float64Flag{Name: "temperature", Category: "Sampling", DefaultText: "the model's, else 1", Usage: "`T`|factor on the noise of the head's steps; below 1 is less varied"},
 		}, tileFlags(), []cli.Flag{
@@ -148,7 +157,7 @@ func runSample(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	file, info, err := openMAR(c.String("model"), shape, open)
+	file, info, err := openModel(c.String("model"), shape, open)
 	if err != nil {
 		return err
 	}
@@ -161,7 +170,7 @@ func runSample(c *cli.Context) error {
 	}
 	defer j.tokenizer.close()
 	j.tokenizer.tiling = j.tiles
-	known, err := readKnownImage(c, info.MAR)
+	known, err := readKnownImage(c, info.MAR) // nil for a DiT, which has none
 	if err != nil {
 		return err
 	}
@@ -175,7 +184,7 @@ func runSample(c *cli.Context) error {
 	if err := j.checkMemory(c.IsSet("batch"), dev, known != nil, out.memory(j), log); err != nil {
 		return err
 	}
-	model, err := loadMAR(c.Context, file, info, dev, j.dtype)
+	model, err := loadModel(c.Context, file, info, dev, j.dtype)
 	if err != nil {
 		return err
 	}
@@ -183,7 +192,7 @@ func runSample(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	side := info.MAR.Grid() * info.MAR.PatchSize
+	side, _ := info.Latents()
 	if note := tileNote(tok, side, side); note != "" {
 		log.Info(note)
 	}
@@ -193,7 +202,7 @@ func runSample(c *cli.Context) error {
 			return err
 		}
 	}
-	eng, err := sample.Open(model, tok, dev, j.options())
+	eng, err := model.open(tok, dev, j.options())
 	if err != nil {
 		return err
 	}
@@ -297,10 +306,18 @@ func readSampleFlags(c *cli.Context) (*job, error) {
 			return nil, usagef("--%s is %g, it must be between 0 and 10000", name, v)
 		}
 	}
-	if c.IsSet("cfg-schedule") {
-		if err := oneOf(c, "cfg-schedule", "linear", "constant"); err != nil {
-			return nil, err
+	for name, allowed := range map[string][]string{"cfg-schedule": {"linear", "constant"}, "sampler": {"ddpm", "ddim"}, "cfg-channels": {"3", "all"}} {
+		if c.IsSet(name) {
+			if err := oneOf(c, name, allowed...); err != nil {
+				return nil, err
+			}
 		}
+	}
+	if v := c.Float64("eta"); !(v >= 0 && v <= 1) {
+		return nil, usagef("--eta is %g, it must be between 0 and 1", v)
+	}
+	if _, err := diffusion.DiT(c.String("steps")); c.IsSet("steps") && err != nil {
+		return nil, usagef("--steps: %w", err)
 	}
 	if c.Bool("uncond") && c.IsSet("classes") {
 		return nil, usagef("--uncond samples without a class: leave out --classes")
@@ -333,6 +350,22 @@ func readSampleFlags(c *cli.Context) (*job, error) {
 func (j *job) resolve(c *cli.Context, info *checkpoint.Model) error {
 	j.info, j.settings = info, info.Sampling
 	s := &j.settings
+	if err := refuseOthers(c, info.Kind); err != nil {
+		return err
+	}
+	for name, p := range map[string]*string{"steps": &s.Steps, "sampler": &s.Sampler, "cfg-channels": &s.CFGChannels} {
+		if c.IsSet(name) {
+			*p = c.String(name)
+		}
+	}
+	if c.IsSet("eta") {
+		s.Eta = c.Float64("eta")
+	} else if s.Sampler != "ddim" {
+		s.Eta = 0 // the file's, for its own sampler
+	}
+	if s.Eta != 0 && s.Sampler != "ddim" {
+		return usagef("--eta is for --sampler ddim; ddpm has a learned variance")
+	}
 	for name, p := range map[string]*int{"iters": &s.Iters, "head-steps": &s.HeadSteps, "max-timestep": &s.MaxTimestep} {
 		if c.IsSet(name) {
 			*p = c.Int(name)
@@ -355,11 +388,11 @@ func (j *job) resolve(c *cli.Context, info *checkpoint.Model) error {
 		s.CFG = 1
 	case c.IsSet("classes"):
 		var err error
-		if j.labels, err = parseClasses(c.String("classes"), info.ClassNames, info.MAR.ClassNum); err != nil {
+		if j.labels, err = parseClasses(c.String("classes"), info.ClassNames, info.Classes()); err != nil {
 			return err
 		}
 	default:
-		for id := range info.MAR.ClassNum {
+		for id := range info.Classes() {
 			j.labels = append(j.labels, id)
 		}
 	}
@@ -383,7 +416,8 @@ func (j *job) fillParams(c *cli.Context, dev engine.Device) {
 func (j *job) request() sample.Request {
 	s := j.settings
 	return sample.Request{Labels: j.labels, N: j.n, FirstIndex: j.first, Batch: j.batch, Iters: s.Iters, HeadSteps: s.HeadSteps,
-		MaxTimestep: s.MaxTimestep, CFG: s.CFG, CFGSchedule: s.CFGSchedule, Temperature: s.Temperature, Seed: j.seed}
+		MaxTimestep: s.MaxTimestep, CFG: s.CFG, CFGSchedule: s.CFGSchedule, Temperature: s.Temperature, Seed: j.seed,
+		Steps: s.Steps, Sampler: s.Sampler, Eta: s.Eta, CFGChannels: s.CFGChannels}
 }
 
 func (j *job) options() sample.Options {
@@ -391,9 +425,20 @@ func (j *job) options() sample.Options {
 }
 
 // imageSize is the side of an image in pixels.
-func (j *job) imageSize() int {
-	c := j.info.MAR
-	return c.Grid() * c.PatchSize * c.VAEStride
+func (j *job) imageSize() int { return j.info.PixelSize() }
+
+// refuseOthers refuses flags that are for the other kind of model.
+func refuseOthers(c *cli.Context, kind string) error {
+	other, what := []string{"steps", "sampler", "eta", "cfg-channels"}, "a DiT, and this is a MAR"
+	if kind == checkpoint.KindDiT {
+		other, what = []string{"iters", "head-steps", "max-timestep", "cfg-schedule", "image", "mask", "patch-size"}, "a MAR, and this is a DiT"
+	}
+	for _, name := range other {
+		if c.IsSet(name) {
+			return usagef("%s is for %s", dashed(name), what)
+		}
+	}
+	return nil
 }
 
 // period is the number of labels that the images go through.

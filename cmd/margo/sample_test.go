@@ -289,7 +289,7 @@ func (d smallDevice) Name() string { return "small" }
 func (d smallDevice) Info() engine.Info { return engine.Info{Name: "small", MemFree: d.free} }
 
 func TestNotEnoughMemory(t *testing.T) {
-	f, info, err := openMAR(fashion, checkpoint.MAROptions{}, checkpoint.OpenOptions{})
+	f, info, err := openModel(fashion, checkpoint.MAROptions{}, checkpoint.OpenOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}

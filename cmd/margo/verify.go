@@ -15,7 +15,7 @@ func verifyCommand() *cli.Command {
 		Name:      "verify",
 		Usage:     "replay a recorded trace of the authors' code and compare",
 		UsageText: "margo verify --model WEIGHTS --trace TRACE [flags]",
-		Description: `A trace holds tensors recorded from the authors' PyTorch code: encoder and decoder, diffusion head, a whole sampling loop with every random draw, or a tokenizer's input and output (KL, VQ with its codes, or the tokens of a MAR to pixels). Each stage is fed the recorded inputs and compared with the recorded outputs; a sampling loop also runs free, from the first draw to the final tokens.
+		Description: `A trace holds tensors recorded from the authors' PyTorch code: encoder and decoder, diffusion head, a whole sampling loop with every random draw, a DiT's forward pass or sampling loop, or a tokenizer's input and output (KL, VQ with its codes, or the tokens of a MAR to pixels). Each stage is fed the recorded inputs and compared with the recorded outputs; a sampling loop also runs free, from the first draw to the final tokens.
 
 A line per stage shows the largest difference, the same as a share of the largest recorded value, and the limit. Limits come from the float64 oracle, not from experience: twice the recording's own distance from it in f32, twice the oracle's own error with rounded operands in bf16. A recording that the oracle itself misses by more than rounding explains is of other weights or another model, and fails. In bf16 free loops are reported, not judged: their first step amplifies a rounding error hundreds of times.
 

@@ -18,6 +18,9 @@ const (
 	HeadNet   Kind = "diffusion head"
 	Sampling  Kind = "MAR sampling loop"
 	Tokenizer Kind = "tokenizer"
+
+	DiTForward  Kind = "DiT forward pass"
+	DiTSampling Kind = "DiT sampling loop"
 )
 
 // trace gives the tensors of a recorded run.
@@ -44,10 +47,12 @@ func openTrace(path string) (*trace, error) {
 		t.kind = Tokenizer
 	case has("enc_out") && has("dec_out_z"):
 		t.kind = EncDec
-	case has("t_embed"), has("step_samples") && has("z") && has("y"):
-		err = t.unknown("a DiT trace; this margo has no DiT")
+	case has("t_embed"):
+		t.kind = DiTForward
+	case has("step_samples") && has("z") && has("y"):
+		t.kind = DiTSampling
 	default:
-		err = t.unknown("no known kind of trace: its tensors are not those of encoder and decoder, head, sampling loop or tokenizer")
+		err = t.unknown("no known kind of trace: its tensors are not those of encoder and decoder, head, sampling loop, DiT or tokenizer")
 	}
 	if err != nil {
 		f.Close()

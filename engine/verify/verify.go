@@ -6,6 +6,7 @@ import (
 
 	"margo/engine"
 	"margo/engine/checkpoint"
+	"margo/engine/dit"
 	"margo/engine/load"
 	"margo/engine/mar"
 	"margo/engine/ref"
@@ -29,9 +30,10 @@ type Result struct {
 	Pass   bool    `json:"pass"`
 }
 
-// models holds what a side has bound: a MAR or a tokenizer.
+// models holds what a side has bound: a MAR, a DiT or a tokenizer.
 type models struct {
 	mar *mar.Model
+	dit *dit.Model
 	tok tokenizer.Autoencoder
 	kl  *tokenizer.KL // the tokenizer's networks
 	vq  *tokenizer.VQ // nil for a KL tokenizer
@@ -75,7 +77,7 @@ func Run(ctx context.Context, o Options) (*Result, error) {
 	if err != nil {
 		return nil, err
 	}
-	if desc.IsTokenizer() != (t.kind == Tokenizer) {
+	if want := kindOf(t.kind); desc.Kind != want && !(want == checkpoint.KindKL && desc.IsTokenizer()) {
 		return nil, engine.Errorf("verify", engine.Invalid, "the trace %s is of a %s, but %s holds a model of kind %q", o.Trace, t.kind, o.Model, desc.Kind)
 	}
 	v := &verifier{ctx: ctx, o: o, t: t, model: desc, dtype: o.DType, result: Result{Kind: t.kind, Pass: true}}
@@ -101,7 +103,8 @@ func Run(ctx context.Context, o Options) (*Result, error) {
 	if v.single == nil {
 		v.single = v.rounded
 	}
-	run := map[Kind]func() error{EncDec: v.encdec, HeadNet: v.head, Sampling: v.sampling, Tokenizer: v.tokenizer}[t.kind]
+	run := map[Kind]func() error{EncDec: v.encdec, HeadNet: v.head, Sampling: v.sampling, Tokenizer: v.tokenizer,
+		DiTForward: v.ditForward, DiTSampling: v.ditSampling}[t.kind]
 	if err := run(); err != nil {
 		return nil, err
 	}
@@ -122,6 +125,10 @@ func (v *verifier) bind(f *checkpoint.File, dev engine.Device, compute engine.DT
 	if v.model.Kind == checkpoint.KindMAR {
 		if s.m.mar, err = mar.New(v.model.MAR); err == nil {
 			params = engine.Params(s.m.mar)
+		}
+	} else if v.model.Kind == checkpoint.KindDiT {
+		if s.m.dit, err = dit.New(v.model.DiT); err == nil {
+			params = engine.Params(s.m.dit)
 		}
 	} else if s.m.tok, err = tokenizer.New(v.model.KL, 1, true); err == nil {
 		params = engine.Params(s.m.tok)
@@ -144,6 +151,9 @@ func (v *verifier) bind(f *checkpoint.File, dev engine.Device, compute engine.DT
 func (s *side) params() []engine.NamedParam {
 	if s.m.mar != nil {
 		return engine.Params(s.m.mar)
+	}
+	if s.m.dit != nil {
+		return engine.Params(s.m.dit)
 	}
 	return engine.Params(s.m.tok)
 }

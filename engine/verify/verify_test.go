@@ -31,6 +31,8 @@ func TestRoundedOraclePasses(t *testing.T) {
 		{"mar_tiny", "mar_encdec_vis6"}, {"mar_tiny", "mar_encdec_allmasked"}, {"mar_tiny", "mar_diffloss_net"},
 		{"mar_tiny", "mar_sample_cfg3_linear"}, {"mar_tiny", "mar_sample_uncond"}, {"mar_tiny_trained", "mar_trained_sample_cfg1"},
 		{"vae_tiny", "vae_io_rect"}, {"vae_tiny", "vae_io"}, {"vq_ldm", "vq_ldm_io"}, {"vq_taming.ckpt", "vq_taming_io"},
+		{"dit_tiny", "dit_forward"}, {"dit_tiny", "dit_p_sample_loop_cfg4.0"}, {"dit_tiny", "dit_p_sample_loop_cfg1.5"},
+		{"dit_tiny", "dit_ddim_sample_loop_cfg4.0"}, {"dit_tiny", "dit_ddim_sample_loop_cfg1.5"},
 	} {
 		for _, d := range []engine.DType{engine.F32, engine.BF16} {
 			r := run(t, ref.New(ref.Rounded), c[0], c[1], d)
@@ -69,7 +71,7 @@ func (s bentStream) Norm(a engine.NormArgs) error {
 }
 
 func TestWrongDeviceFails(t *testing.T) {
-	for _, c := range [][2]string{{"mar_tiny", "mar_encdec_vis6"}, {"mar_tiny", "mar_sample_cfg1"}} {
+	for _, c := range [][2]string{{"mar_tiny", "mar_encdec_vis6"}, {"mar_tiny", "mar_sample_cfg1"}, {"dit_tiny", "dit_forward"}, {"dit_tiny", "dit_ddim_sample_loop_cfg1.5"}} {
 		r := run(t, bent{ref.New(ref.Rounded), 1e-3}, c[0], c[1], engine.F32)
 		if r.Pass {
 			t.Errorf("%s passes with an eps of 1e-3", c[1])
@@ -83,6 +85,8 @@ func TestBadInput(t *testing.T) {
 		{goldens + "mar_tiny.safetensors", goldens + "mar_tiny.safetensors", "no known kind of trace"},
 		{goldens + "vae_tiny.safetensors", goldens + "mar_encdec_vis6.safetensors", "holds a model of kind"},
 		{goldens + "mar_tiny.safetensors", goldens + "vae_io.safetensors", "holds a model of kind"},
+		{goldens + "mar_tiny.safetensors", goldens + "dit_forward.safetensors", "holds a model of kind"},
+		{goldens + "dit_tiny.safetensors", goldens + "mar_sample_cfg1.safetensors", "holds a model of kind"},
 		{goldens + "mar_tiny.safetensors", filepath.Join(dir, "none.safetensors"), "none.safetensors"},
 		{filepath.Join(dir, "none.safetensors"), goldens + "vae_io.safetensors", "none.safetensors"},
 	} {
