@@ -66,6 +66,9 @@ func (j *benchJob) subject(name string) (*subject, error) {
 			return nil, err
 		}
 		defer f.Close()
+		if info.Kind != checkpoint.KindMAR {
+			return nil, usagef("--model: %s holds a model of kind %s, and bench measures MARs and kl-16", name, info.Kind)
+		}
 		if err := j.peersRead(f); err != nil {
 			return nil, err
 		}
