@@ -49,6 +49,10 @@ cuda: ## build bin/libmargo_cuda.so with nvcc (about 10 minutes on 2 cores)
 	@cmake -S . -B .build/cuda -DNVCC="$(NVCC)" -DCUDA_ROOT="$(CUDA_WHEEL)" -DOUT="$(CURDIR)/bin" -DARCHES="$(ARCHES)" >/dev/null
 	@cmake --build .build/cuda --target cuda -j $(JOBS)
 
+.PHONY: cuda-gate
+cuda-gate: cuda ## check registers, spills and tensor-core instructions of what make cuda built
+	@kernels/gate.sh "$(dir $(NVCC))cuobjdump" .build/cuda
+
 .PHONY: test
 test: ## everything that must pass: format, vet, tests, race detector, sanitizers, arm64
 	@.ci/setup test

@@ -45,7 +45,7 @@ MARGO_DEVICE float element(const ConvParams &p, const Pixel &px, int64_t k) {
 	return p.x_bf16 ? to_f32(static_cast<const bf16 *>(p.x)[at]) : static_cast<const float *>(p.x)[at];
 }
 
-template <int BM, int BN, int WM, int WN, int S, bool ASYNC> __global__ void __launch_bounds__(WM *WN * 32) conv_bf16(const ConvParams p) {
+template <int BM, int BN, int WM, int WN, int S, bool ASYNC> __global__ void __launch_bounds__(WM *WN * 32, 1) conv_bf16(const ConvParams p) {
 	constexpr int threads = WM * WN * 32, mine = BM * 8 / threads; // chunks that a thread brings of each stage
 	auto &mem = gpu::smem<TileMemory<BM, BN, S>>();
 	int64_t tm, tn;
