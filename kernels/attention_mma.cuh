@@ -28,9 +28,9 @@
 // that has not moved is exactly 1: a query's bits depend on its own sequence only.
 // Unaligned rows are loaded element by element into the same tiles.
 //
-// ptxas (sm_80 / sm_90), registers: D = 64 144 / 165, 72 151 / 167, 80 158 / 167, 128 216 / 241,
-// 256 238 / 244, 512 143 / 145; no spills. The loop without masks at D = 64 has 346 / 343
-// instructions, 64 of them HMMA; without the rescaling that it mostly skips, 308 / 305: 21 % are HMMA.
+// ptxas (sm_90), registers: D = 64 to 80 168 (the limit for three blocks per SM), 128 233, 256 244, 512 149;
+// no spills. The loop without masks at D = 64 has 343 instructions, 64 of them HMMA; without the
+// rescaling that it mostly skips, 305: 21 % are HMMA. With blocks it has 496.
 #pragma once
 
 #include "attention.cuh"
