@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"strings"
 
 	"github.com/urfave/cli/v2"
 
@@ -15,7 +16,7 @@ func devicesCommand() *cli.Command {
 		Name:      "devices",
 		Usage:     "list the devices that margo can compute on",
 		UsageText: "margo devices [flags]",
-		Description: `A device's name is what --device of the other commands takes. With --measure the peaks that benchmarks are compared with are measured, which takes a moment and wants an idle machine.
+		Description: `A device's name is what --device of the other commands takes. With --measure the peaks that benchmarks are compared with are measured, which takes a moment and wants an idle machine; a GPU's follow from its clocks and units. For a GPU there is also what NVML tells: temperature, power, clocks and what holds them back, and how busy it is. Where there is no CUDA device the last line says what is missing.
 
 Example:
   margo devices --measure`,
@@ -39,6 +40,9 @@ type deviceLine struct {
 	PeakF32    float64 `json:"peak_f32_flops,omitempty"`
 	PeakBF16   float64 `json:"peak_bf16_flops,omitempty"`
 	PeakMemory float64 `json:"peak_memory_bytes_per_second,omitempty"`
+
+	Health     *cuda.Health `json:"nvml,omitempty"`
+	HealthNote string       `json:"nvml_missing,omitempty"` // why there is none
 }
 
 // cudaDevices opens every CUDA device, or says why there is none. margo never links
@@ -58,7 +62,11 @@ func cudaDevices() (lines []deviceLine, why string) {
 			return lines, oneLine(err.Error())
 		}
 		dev.MeasurePeaks()
-		lines = append(lines, lineOf(dev.Info()))
+		l := lineOf(dev.Info())
+		if l.Health, err = dev.Health(); err != nil {
+			l.HealthNote = oneLine(err.Error())
+		}
+		lines = append(lines, l)
 		if err := dev.Close(); err != nil {
 			return lines, oneLine(err.Error())
 		}
@@ -97,6 +105,12 @@ func devices(c *cli.Context) error {
 		if l.PeakF32 > 0 {
 			fmt.Fprintf(c.App.Writer, "       peak %.0f GFLOP/s f32, %.0f GFLOP/s bf16, %.1f GB/s from memory\n", l.PeakF32/1e9, l.PeakBF16/1e9, l.PeakMemory/1e9)
 		}
+		switch {
+		case l.Health != nil:
+			fmt.Fprintf(c.App.Writer, "       %v\n", l.Health)
+		case l.HealthNote != "":
+			fmt.Fprintf(c.App.Writer, "       %s\n", l.HealthNote)
+		}
 	}
 	if why != "" {
 		fmt.Fprintf(c.App.Writer, "%-6s %s\n", "cuda", why)
@@ -113,5 +127,20 @@ func units(name string) string {
 }
 
 func lineOf(i engine.Info) deviceLine {
-	return deviceLine{i.Name, i.Model, i.Arch, i.Threads, i.MemTotal, i.MemFree, i.PeakF32, i.PeakBF16, i.PeakMemory}
+	return deviceLine{Name: i.Name, Model: i.Model, Arch: i.Arch, Threads: i.Threads, MemTotal: i.MemTotal, MemFree: i.MemFree,
+		PeakF32: i.PeakF32, PeakBF16: i.PeakBF16, PeakMemory: i.PeakMemory}
+}
+
+// healthOf is a line of what NVML says about a GPU, or why it says nothing; empty for
+// other devices.
+func healthOf(dev engine.Device) string {
+	d, ok := dev.(*cuda.Device)
+	if !ok || !strings.HasPrefix(d.Name(), "cuda:") {
+		return ""
+	}
+	h, err := d.Health()
+	if err != nil {
+		return oneLine(err.Error())
+	}
+	return h.String()
 }

@@ -112,6 +112,9 @@ func runSelftest(c *cli.Context) error {
 		step.run()
 		t.printf("%s took %.1f s\n", step.name, time.Since(at).Seconds())
 	}
+	if h := healthOf(t.dev); h != "" {
+		t.printf("\n%s\n", h)
+	}
 	if err := dev.Close(); err != nil {
 		t.fail("closing the device: %v", err)
 	}
@@ -145,6 +148,9 @@ func (t *selftest) head() {
 	i := t.dev.Info()
 	t.printf("margo selftest, %s, %s\n", version(), time.Now().UTC().Format("2006-01-02 15:04 UTC"))
 	t.printf("%s: %s, %s, %d %s, %s of %s memory free\n", i.Name, i.Model, i.Arch, i.Threads, units(i.Name), plan.Size(i.MemFree), plan.Size(i.MemTotal))
+	if h := healthOf(t.dev); h != "" {
+		t.printf("%s\n", h)
+	}
 	if i.PeakF32 > 0 {
 		t.printf("peaks: %.1f TFLOP/s f32, %.1f TFLOP/s bf16, %.0f GB/s\n", i.PeakF32/1e12, i.PeakBF16/1e12, i.PeakMemory/1e9)
 	}
