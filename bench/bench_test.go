@@ -238,3 +238,38 @@ func TestDecodeFLOPs(t *testing.T) {
 		t.Errorf("KL-16 decodes 256×256 with %.4g GFLOP, %v", f/1e9, err)
 	}
 }
+
+// counting is a device that counts its own memory.
+type counting struct {
+	engine.Device
+	peak int64
+}
+
+func (c *counting) PeakUsed() int64 { return c.peak }
+func (c *counting) ResetPeakUsed()  { c.peak = 100 }
+
+// Memory is the device's where that has its own; what a peer holds there is not known.
+func TestDeviceMemory(t *testing.T) {
+	d := &counting{peak: 5000}
+	m := meter(&Margo{Device: d})
+	if m.reset(); d.peak != 100 {
+		t.Error("the peak of an earlier case was not forgotten")
+	}
+	d.peak = 700
+	if n, device := m.peak(); n != 700 || !device {
+		t.Errorf("the device's peak is %d (%v), want 700", n, device)
+	}
+	m = meter(&PyTorch{away: true})
+	m.reset()
+	if n, device := m.peak(); n != 0 || !device {
+		t.Errorf("a peer's peak on a GPU is %d (%v), want unknown", n, device)
+	}
+	m = meter(&Margo{Device: struct{ engine.Device }{}})
+	if n, device := m.peak(); n != 0 || device {
+		t.Errorf("before a reset the peak is %d (%v), want unknown", n, device)
+	}
+	m.reset()
+	if n, device := m.peak(); device || resetPeak(os.Getpid()) && n < 1<<20 {
+		t.Errorf("the process's peak is %d (%v)", n, device)
+	}
+}

@@ -23,6 +23,10 @@ type Machine struct {
 	PeakF32 float64   `json:"peak_f32_flops"`
 	PeakB16 float64   `json:"peak_bf16_flops"`
 	ReadBW  float64   `json:"read_bytes_per_s"`
+	// PeaksDerived: the peaks follow from the clocks and units that the driver reports;
+	// otherwise they were measured.
+	PeaksDerived bool     `json:"peaks_derived"`
+	Health       []string `json:"health,omitempty"` // of a GPU, before the first case and after the last
 }
 
 // ThisMachine fills in everything but the device's figures.

@@ -34,3 +34,32 @@ func peakResident(pid int) int64 {
 	}
 	return 0
 }
+
+// memoryMeter reads the memory that a side takes for a case.
+type memoryMeter struct {
+	reset func()
+	peak  func() (bytes int64, device bool) // 0: not known
+}
+
+// meter is the meter of a side: of the device where that has memory of its own and
+// counts, otherwise of the process.
+func meter(s Side) memoryMeter {
+	if m, ok := s.(*Margo); ok {
+		if d, ok := m.Device.(interface {
+			PeakUsed() int64
+			ResetPeakUsed()
+		}); ok {
+			return memoryMeter{d.ResetPeakUsed, func() (int64, bool) { return d.PeakUsed(), true }}
+		}
+	}
+	if p, ok := s.(*PyTorch); ok && p.away {
+		return memoryMeter{func() {}, func() (int64, bool) { return 0, true }}
+	}
+	known := false
+	return memoryMeter{func() { known = resetPeak(s.PID()) }, func() (int64, bool) {
+		if !known {
+			return 0, false // an earlier case's
+		}
+		return peakResident(s.PID()), false
+	}}
+}

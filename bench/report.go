@@ -38,7 +38,8 @@ type Row struct {
 	FLOPs        float64 `json:"flops_authors"` // of the authors' algorithm, whole batch
 	OwnFLOPs     float64 `json:"flops_own"`     // really executed; 0: not known
 	Peak         float64 `json:"peak_flops"`    // of the machine, in the case's dtype
-	MemoryBytes  int64   `json:"memory_bytes"`  // most that the process had resident during the case; 0: not known
+	MemoryBytes  int64   `json:"memory_bytes"`  // most that the process had resident during the case, or held on its device; 0: not known
+	DeviceMemory bool    `json:"device_memory"` // MemoryBytes is of a device with memory of its own
 	RandomWeight bool    `json:"random_weights"`
 	Note         string  `json:"note,omitempty"`
 }
@@ -108,7 +109,14 @@ func (rep *Report) Write(to io.Writer, format string) error {
 func (rep *Report) header(w io.Writer) {
 	m := rep.Machine
 	fmt.Fprintf(w, "%s, %d cores, %s, kernel %s, %s, commit %s, %s\n", m.CPU, m.Cores, m.OS, m.Kernel, m.Go, m.Commit, m.Time.Format("2006-01-02 15:04 MST"))
-	fmt.Fprintf(w, "device %s: measured peak %.0f GFLOP/s f32, %.0f GFLOP/s bf16, reads %.0f GB/s\n", m.Device, m.PeakF32/1e9, m.PeakB16/1e9, m.ReadBW/1e9)
+	peak := "measured peak"
+	if m.PeaksDerived {
+		peak = "peak by its clocks and units"
+	}
+	fmt.Fprintf(w, "device %s: %s %.0f GFLOP/s f32, %.0f GFLOP/s bf16, reads %.0f GB/s\n", m.Device, peak, m.PeakF32/1e9, m.PeakB16/1e9, m.ReadBW/1e9)
+	for _, h := range m.Health {
+		fmt.Fprintf(w, "%s\n", h)
+	}
 	fmt.Fprintf(w, "command: %s\n", m.Command)
 }
 
@@ -198,7 +206,10 @@ func (rep *Report) notes() []string {
 	}
 	for i := range rep.Rows {
 		r := &rep.Rows[i]
-		if r.MemoryBytes > 0 {
+		switch {
+		case r.MemoryBytes > 0 && r.DeviceMemory:
+			add("memory is the most that margo held on the device during the case, weights included, the driver's own not")
+		case r.MemoryBytes > 0:
 			add("memory is the most that the process had resident during the case, program and weights included")
 		}
 		if r.RandomWeight {

@@ -190,6 +190,7 @@ type PyTorch struct {
 	Mode string // "eager": the authors' operations one for one; "tuned": the best we could make of it
 	Work Work
 	peer *Peer
+	away bool // on a device with memory of its own, which the process's size does not show
 }
 
 // FindPyTorch is the Python under root, margo's sources, that make peers has
@@ -222,7 +223,8 @@ func StartPyTorch(ctx context.Context, root, mode string, w Work, load map[strin
 		p.Close()
 		return nil, err
 	}
-	return &PyTorch{Mode: mode, Work: w, peer: p}, nil
+	device, _ := load["device"].(string)
+	return &PyTorch{Mode: mode, Work: w, peer: p, away: device != "" && device != "cpu"}, nil
 }
 
 // Name is "pytorch eager" or "pytorch tuned".
@@ -280,11 +282,12 @@ func (p *PyTorch) Run(ctx context.Context, c Case) (Run, error) {
 // has just heated. Rows are in the order of sides.
 func Compare(ctx context.Context, c Case, sides []Side, reps int, log func(string)) ([]Row, error) {
 	rows := make([]Row, len(sides))
-	known := make([]bool, len(sides)) // the peak of memory is this case's
-	debug.FreeOSMemory()              // what earlier cases left
+	memory := make([]memoryMeter, len(sides))
+	debug.FreeOSMemory() // what earlier cases left
 	for i, s := range sides {
 		log(fmt.Sprintf("%s %s batch %d: %s warms up", c.Model, c.DType, c.Batch, s.Name()))
-		known[i] = resetPeak(s.PID())
+		memory[i] = meter(s)
+		memory[i].reset()
 		if err := s.Warm(ctx, c); err != nil {
 			return nil, fmt.Errorf("%s: %w", s.Name(), err)
 		}
@@ -307,10 +310,8 @@ func Compare(ctx context.Context, c Case, sides []Side, reps int, log func(strin
 			rows[i].Runs = append(rows[i].Runs, r)
 		}
 	}
-	for i, s := range sides {
-		if known[i] {
-			rows[i].MemoryBytes = peakResident(s.PID())
-		}
+	for i := range sides {
+		rows[i].MemoryBytes, rows[i].DeviceMemory = memory[i].peak()
 	}
 	return rows, nil
 }

@@ -27,6 +27,7 @@ type Device struct {
 	ctx  *C.margo_context
 	info C.margo_info
 	used atomic.Int64 // bytes of buffers, packed weights and workspaces
+	most atomic.Int64 // of used, since ResetPeakUsed
 
 	mu    sync.Mutex
 	peaks [3]float64      // f32, bf16, memory
@@ -175,6 +176,12 @@ func (d *Device) SetHeadPath(path int) { d.headPath.Store(int32(path)) }
 // Used is the number of bytes in buffers, packed weights and workspaces.
 func (d *Device) Used() int64 { return d.used.Load() }
 
+// PeakUsed is the most that Used was since the last ResetPeakUsed.
+func (d *Device) PeakUsed() int64 { return d.most.Load() }
+
+// ResetPeakUsed makes PeakUsed what Used is now.
+func (d *Device) ResetPeakUsed() { d.most.Store(d.used.Load()) }
+
 // Counters are totals since the device was opened.
 type Counters struct {
 	Kernels, Graphs, GraphKernels uint64 // launches; kernels run by graphs
@@ -268,7 +275,10 @@ func (d *Device) alloc(op engine.Op, bytes int) (*buffer, error) {
 	if err := d.status(op, C.m_alloc(d.p.api, d.ctx, C.uint64_t(bytes), &b.addr)); err != nil {
 		return nil, err
 	}
-	d.used.Add(int64(bytes))
+	now := d.used.Add(int64(bytes))
+	for most := d.most.Load(); now > most && !d.most.CompareAndSwap(most, now); {
+		most = d.most.Load()
+	}
 	return b, nil
 }
 

@@ -107,7 +107,10 @@ func runBench(c *cli.Context) error {
 	defer j.dev.Close()
 	j.report = &bench.Report{Machine: bench.ThisMachine()}
 	j.measure()
-	return j.finish(j.all(subjects))
+	j.health("before")
+	failed := j.all(subjects)
+	j.health("after")
+	return j.finish(failed)
 }
 
 // readBenchFlags checks all that can be said without a file.
@@ -226,8 +229,19 @@ func (j *benchJob) measure() {
 		m.MeasurePeaks()
 	}
 	info, m := j.dev.Info(), &j.report.Machine
-	m.Device = fmt.Sprintf("%s, %s, %d threads", info.Name, info.Arch, info.Threads)
+	m.Device = fmt.Sprintf("%s, %s, %d %s", info.Name, info.Arch, info.Threads, units(info.Name))
+	if isCUDA(info.Name) {
+		m.Device = fmt.Sprintf("%s, %s", info.Model, m.Device)
+	}
+	m.PeaksDerived = isCUDA(info.Name)
 	m.PeakF32, m.PeakB16, m.ReadBW = max(m.PeakF32, info.PeakF32), max(m.PeakB16, info.PeakBF16), max(m.ReadBW, info.PeakMemory)
+}
+
+// health notes what NVML says about a GPU: a throttled or shared one explains odd times.
+func (j *benchJob) health(when string) {
+	if line := healthOf(j.dev); line != "" {
+		j.report.Machine.Health = append(j.report.Machine.Health, when+": "+line)
+	}
 }
 
 func (j *benchJob) model(s *subject, d engine.DType) error {
