@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 GO    ?= go
 BIN   := bin/margo
-SRC   := $(shell find cmd cpu engine bench -name '*.go' -o -name '*.[ch]' 2>/dev/null) go.mod go.sum
+SRC   := $(shell find cmd cpu cuda engine bench -name '*.go' -o -name '*.[ch]' 2>/dev/null) kernels/margo_abi.h go.mod go.sum
 DEMO  := demo.png
 FUZZTIME ?= 60s
 
