@@ -2,7 +2,6 @@ package main
 
 import (
 	"path/filepath"
-	"slices"
 	"strings"
 
 	"margo/bench"
@@ -37,14 +36,14 @@ func (j *benchJob) subject(name string) (*subject, error) {
 			peer: map[string]any{"tokenizer": map[string]any{"config": kl}}}, nil
 	}
 	if name == "" {
-		return nil, usagef("--model has an empty item; name files, or %s, kl-16", strings.Join(checkpoint.MARNames(), ", "))
+		return nil, usagef("--model has an empty item; name files, or %s, kl-16", strings.Join(append(checkpoint.MARNames(), checkpoint.VariantNames()...), ", "))
 	}
 	shape, open, err := shapeOptions(j.c)
 	if err != nil {
 		return nil, err
 	}
 	s := &subject{name: name, kind: checkpoint.KindMAR, open: open, peer: map[string]any{}}
-	if slices.Contains(checkpoint.MARNames(), name) {
+	if checkpoint.Named(name) {
 		for _, f := range shapeFlags() {
 			if flag := f.Names()[0]; j.c.IsSet(flag) {
 				return nil, usagef("%s is about a file, and %s is a name: leave it out", dashed(flag), name)
@@ -57,11 +56,20 @@ func (j *benchJob) subject(name string) (*subject, error) {
 		s.random = true
 		s.info = &checkpoint.Model{Kind: checkpoint.KindMAR, MAR: cfg, Sampling: checkpoint.Sampling{Iters: 64, HeadSteps: 100, MaxTimestep: 999, CFG: 3, CFGSchedule: sample.Linear, Temperature: 1}}
 		s.kl = checkpoint.KL16()
+		if cfg.IsCausal() {
+			s.info.Sampling.Iters = cfg.Tokens()
+		}
+		if cfg.HeadKind() == checkpoint.GMMHead {
+			s.info.Sampling.CFG = 1
+		}
+		if cfg.Discrete() {
+			s.kl = nil
+		}
 	} else {
 		f, info, err := openModel(name, shape, open)
 		if err != nil {
 			if !exists(name) && filepath.Base(name) == name && filepath.Ext(name) == "" {
-				return nil, usagef("--model: %q is neither a file nor one of %s, kl-16", name, strings.Join(checkpoint.MARNames(), ", "))
+				return nil, usagef("--model: %q is neither a file nor one of %s, kl-16", name, strings.Join(append(checkpoint.MARNames(), checkpoint.VariantNames()...), ", "))
 			}
 			return nil, err
 		}
@@ -105,6 +113,13 @@ func (j *benchJob) subject(name string) (*subject, error) {
 	}
 	if p.HeadSteps > p.MaxTimestep+1 {
 		return nil, usagef("%d head steps don't fit into timesteps 0 to %d: lower --head-steps or raise --max-timestep", p.HeadSteps, p.MaxTimestep)
+	}
+	if m := s.info.MAR; m.IsCausal() && p.Iters != m.Tokens() {
+		return nil, usagef("%s predicts one token at a time: leave out --iters, or give %d", name, m.Tokens())
+	} else if m.IsCausal() && j.c.IsSet("subset") {
+		return nil, usagef("%s: each token sees the cache of all before it, so --subset cannot leave any out", name)
+	} else if len(j.modes) > 0 && (m.IsCausal() || m.HeadKind() != checkpoint.DiffusionHead) {
+		return nil, usagef("%s: --against has MAR with the diffusion head only", name)
 	}
 	if n := s.info.MAR.Tokens(); len(j.modes) > 0 && p.Iters > n {
 		return nil, usagef("%s has %d tokens, PyTorch cannot sample them in %d iterations: lower --iters", name, n, p.Iters)

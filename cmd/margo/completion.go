@@ -16,6 +16,8 @@ const completeArg = "__complete"
 // values lists what flags with a fixed set of values accept.
 var values = map[string][]string{
 	"cfg-schedule": {"linear", "constant"},
+	"order":        {"random", "raster", "confidence"},
+	"code-sampler": {"gumbel", "inverse"},
 	"dtype":        {"f32", "bf16"},
 	"device":       {"cpu", "cuda:0", "emu:0", "ref"},
 	"against":      {"pytorch", "pytorch-eager", "pytorch-tuned"},

@@ -142,7 +142,7 @@ func describeFile(c *cli.Context, path string) (*description, error) {
 
 func describeConfig(name string) (*description, error) {
 	m := &checkpoint.Model{Kind: checkpoint.KindMAR}
-	if slices.Contains(checkpoint.MARNames(), name) {
+	if checkpoint.Named(name) {
 		m.MAR, _ = checkpoint.NamedMAR(name)
 	} else if slices.Contains(checkpoint.DiTNames(), name) {
 		m.Kind = checkpoint.KindDiT
@@ -150,7 +150,7 @@ func describeConfig(name string) (*description, error) {
 	} else {
 		text, err := os.ReadFile(name)
 		if os.IsNotExist(err) && !strings.ContainsAny(name, "./") {
-			return nil, usagef("--config: %q is neither a file nor one of %s", name, strings.Join(slices.Concat(checkpoint.MARNames(), checkpoint.DiTNames()), ", "))
+			return nil, usagef("--config: %q is neither a file nor one of %s", name, strings.Join(slices.Concat(checkpoint.MARNames(), checkpoint.VariantNames(), checkpoint.DiTNames()), ", "))
 		}
 		if err != nil {
 			return nil, filef("read %s: %w", name, cause(err))
@@ -179,6 +179,9 @@ func (d *description) describe(m *checkpoint.Model) {
 		}
 		d.Tokens = &tokenGrid{m.MAR.Grid(), m.MAR.Grid(), m.MAR.TokenDim()}
 		names = []string{"embeddings", "encoder", "decoder", "diffusion head"}
+		if m.MAR.HeadKind() != checkpoint.DiffusionHead {
+			names[3] = "head"
+		}
 	} else if m.Kind == checkpoint.KindDiT {
 		d.Config = m.DiT
 		if m.Sampling.Steps != "" {
@@ -225,6 +228,8 @@ func partOf(kind, name string) string {
 		return "decoder"
 	case has("diffloss."):
 		return "diffusion head"
+	case has("celoss.", "l2loss.", "gmmloss."):
+		return "head"
 	case has("encoder_blocks.", "encoder_norm.", "z_proj"):
 		return "encoder"
 	case has("decoder_blocks.", "decoder_norm.", "decoder_embed."):
@@ -258,9 +263,21 @@ func (d *description) print(w io.Writer) {
 			line("kind", "mar: masked autoregressive model with a diffusion head")
 			line("images", "%d×%d pixels, %d classes", c.ImgSize, c.ImgSize, c.ClassNum)
 			line("tokens", "%d×%d of %d channels (tokenizer stride %d, patch %d), buffer %d", c.Grid(), c.Grid(), c.TokenDim(), c.VAEStride, c.PatchSize, c.BufferSize)
+			if c.IsCausal() {
+				line("attention", "causal, trained in %s order", c.TrainedOrder())
+			}
 			line("encoder", "%d blocks, width %d, %d heads", c.EncoderDepth, c.EncoderEmbedDim, c.EncoderNumHeads)
 			line("decoder", "%d blocks, width %d, %d heads", c.DecoderDepth, c.DecoderEmbedDim, c.DecoderNumHeads)
-			line("diffusion head", "%d blocks, width %d", c.DiffLossD, c.DiffLossW)
+			switch c.HeadKind() {
+			case checkpoint.DiffusionHead:
+				line("diffusion head", "%d blocks, width %d", c.DiffLossD, c.DiffLossW)
+			case checkpoint.CategoricalHead:
+				line("head", "categorical, %d codes", c.CodebookSize)
+			case checkpoint.GMMHead:
+				line("head", "mixture of %d Gaussians", c.Mixtures)
+			default:
+				line("head", "%s", c.HeadKind())
+			}
 		case m.DiT != nil:
 			c := m.DiT
 			line("kind", "dit: diffusion transformer over all tokens")

@@ -163,7 +163,14 @@ func openScaled(path, modelPath string, info *checkpoint.Model, givenScale float
 		return nil, err
 	}
 	t := &tokenizerFile{path: path, file: f, info: tok}
-	if tok.KL.EmbedDim != channels || tok.KL.Stride() != info.Stride() {
+	if c := info.MAR; c != nil && c.Discrete() {
+		if tok.KL.NEmbed != c.CodebookSize || tok.KL.Stride() != c.VAEStride {
+			f.Close()
+			return nil, usagef("the tokenizer %s has %d codes at stride %d, the model %s wants %d at stride %d",
+				path, tok.KL.NEmbed, tok.KL.Stride(), modelPath, c.CodebookSize, c.VAEStride)
+		}
+		t.scale = 1 // of codes there is none
+	} else if tok.KL.EmbedDim != channels || tok.KL.Stride() != info.Stride() {
 		f.Close()
 		return nil, usagef("the tokenizer %s has latents of %d channels at stride %d, the model %s wants %d at stride %d",
 			path, tok.KL.EmbedDim, tok.KL.Stride(), modelPath, channels, info.Stride())
@@ -173,6 +180,7 @@ func openScaled(path, modelPath string, info *checkpoint.Model, givenScale float
 		return nil, usagef("the tokenizer %s makes images of %d channels, not RGB", path, tok.KL.OutChannels)
 	}
 	switch m, k := info.LatentScale, tok.LatentScale; {
+	case t.scale > 0: // of codes
 	case givenScale > 0:
 		t.scale = givenScale
 	case m > 0:

@@ -66,6 +66,11 @@ Examples:
 			&cli.Float64Flag{Name: "cfg", Category: "Sampling", DefaultText: "the model's, else 1; a DiT's 4", Usage: "`S`|classifier-free guidance scale; 1 is off and twice as fast, 2 to 4 sharpens"},
 			&cli.StringFlag{Name: "cfg-schedule", Category: "Sampling", DefaultText: "the model's, else linear", Usage: "`KIND`|linear: guidance grows from 1 to --cfg as tokens appear; constant: always --cfg"},
 			&cli.Float64Flag{Name: "temperature", Category: "Sampling", DefaultText: "the model's, else 1", Usage: "`T`|factor on the noise of the head's steps; below 1 is less varied"},
+			&cli.StringFlag{Name: "order", Category: "Sampling", DefaultText: "what the model was trained on", Usage: "`ORDER`|of the tokens: random, raster (row by row), or confidence (categorical head, bidirectional: the surest codes first)"},
+			&cli.IntFlag{Name: "top-k", Category: "Sampling", DefaultText: "all", Usage: "`K`|categorical head: draw from the K likeliest codes"},
+			&cli.Float64Flag{Name: "top-p", Category: "Sampling", Value: 1, Usage: "`P`|categorical head: draw from the likeliest codes that make up probability P"},
+			&cli.StringFlag{Name: "code-sampler", Category: "Sampling", Value: "gumbel", Usage: "`KIND`|categorical head: draw codes by gumbel (Gumbel-max) or inverse (transform)"},
+			&cli.Float64Flag{Name: "choice-temperature", Category: "Sampling", Value: 4.5, Usage: "`T`|of the noise in --order confidence; it falls to 0 with the iterations"},
 		}, tileFlags(), []cli.Flag{
 			&cli.IntFlag{Name: "batch", Category: "Machine", Value: 8, Usage: "`N`|images at a time; more is faster until memory ends"},
 			deviceFlag(),
@@ -91,9 +96,17 @@ type job struct {
 	scale     float64 // --latent-scale, 0 if it was not given
 	tiles     tiling  // of the tokenizer
 	dtype     engine.DType
+	draw      codeDraw
 	info      *checkpoint.Model
 	tokenizer *tokenizerFile
 	params    imageParams // of every image
+}
+
+// codeDraw is the order of tokens and how codes are drawn.
+type codeDraw struct {
+	order, sampler string
+	topK           int
+	topP, choice   float64
 }
 
 // imageParams is what a PNG says about its making.
@@ -102,6 +115,10 @@ type imageParams struct {
 	Model     string `json:"model"`
 	Tokenizer string `json:"tokenizer,omitempty"`
 	checkpoint.Sampling
+	Order       string  `json:"order,omitempty"`
+	CodeSampler string  `json:"code_sampler,omitempty"`
+	TopK        int     `json:"top_k,omitempty"`
+	TopP        float64 `json:"top_p,omitempty"`
 	LatentScale float64 `json:"latent_scale"`
 	Seed        uint64  `json:"seed"`
 	Device      string  `json:"device"`
@@ -319,6 +336,22 @@ func readSampleFlags(c *cli.Context) (*job, error) {
 	if _, err := diffusion.DiT(c.String("steps")); c.IsSet("steps") && err != nil {
 		return nil, usagef("--steps: %w", err)
 	}
+	for name, of := range map[string][]string{"order": {sample.RandomOrder, sample.RasterOrder, sample.ConfidenceOrder}, "code-sampler": {sample.Gumbel, sample.Inverse}} {
+		if c.IsSet(name) {
+			if err := oneOf(c, name, of...); err != nil {
+				return nil, err
+			}
+		}
+	}
+	if p := c.Float64("top-p"); !(p > 0 && p <= 1) {
+		return nil, usagef("--top-p is %g, it must be above 0 and at most 1", p)
+	}
+	if c.Int("top-k") < 0 {
+		return nil, usagef("--top-k is %d, it must be 0 (all) or more", c.Int("top-k"))
+	}
+	if t := c.Float64("choice-temperature"); !(t >= 0 && t <= 1e4) {
+		return nil, usagef("--choice-temperature is %g, it must be between 0 and 10000", t)
+	}
 	if c.Bool("uncond") && c.IsSet("classes") {
 		return nil, usagef("--uncond samples without a class: leave out --classes")
 	}
@@ -346,11 +379,35 @@ func readSampleFlags(c *cli.Context) (*job, error) {
 	return j, nil
 }
 
+// resolveDraw takes the order of tokens and how codes are drawn; m is nil for a DiT.
+func (j *job) resolveDraw(c *cli.Context, m *checkpoint.MARConfig) error {
+	if m == nil {
+		return nil
+	}
+	j.draw = codeDraw{order: c.String("order"), choice: c.Float64("choice-temperature")}
+	if m.Discrete() {
+		j.draw.sampler, j.draw.topK, j.draw.topP = c.String("code-sampler"), c.Int("top-k"), c.Float64("top-p")
+		if c.IsSet("image") {
+			return usagef("--image: this model's tokens are codes, and images are completed with continuous tokens only")
+		}
+		return nil
+	}
+	for _, name := range []string{"top-k", "top-p", "code-sampler"} {
+		if c.IsSet(name) {
+			return usagef("--%s chooses among codes, and this model has the %s head", name, m.HeadKind())
+		}
+	}
+	return nil
+}
+
 // resolve merges the flags into the model's settings and finds the classes.
 func (j *job) resolve(c *cli.Context, info *checkpoint.Model) error {
 	j.info, j.settings = info, info.Sampling
 	s := &j.settings
 	if err := refuseOthers(c, info.Kind); err != nil {
+		return err
+	}
+	if err := j.resolveDraw(c, info.MAR); err != nil {
 		return err
 	}
 	for name, p := range map[string]*string{"steps": &s.Steps, "sampler": &s.Sampler, "cfg-channels": &s.CFGChannels} {
@@ -408,6 +465,10 @@ func (j *job) resolve(c *cli.Context, info *checkpoint.Model) error {
 func (j *job) fillParams(c *cli.Context, dev engine.Device) {
 	j.params = imageParams{Software: "margo " + c.App.Version, Model: filepath.Base(c.String("model")), Sampling: j.settings,
 		LatentScale: j.tokenizer.scale, Seed: j.seed, Device: dev.Name(), DType: j.dtype.String(), Image: c.String("image"), Mask: c.String("mask")}
+	j.params.Order, j.params.CodeSampler = j.draw.order, j.draw.sampler
+	if j.draw.sampler != "" {
+		j.params.TopK, j.params.TopP = j.draw.topK, j.draw.topP
+	}
 	if j.tokenizer.path != "" {
 		j.params.Tokenizer = filepath.Base(j.tokenizer.path)
 	}
@@ -417,7 +478,8 @@ func (j *job) request() sample.Request {
 	s := j.settings
 	return sample.Request{Labels: j.labels, N: j.n, FirstIndex: j.first, Batch: j.batch, Iters: s.Iters, HeadSteps: s.HeadSteps,
 		MaxTimestep: s.MaxTimestep, CFG: s.CFG, CFGSchedule: s.CFGSchedule, Temperature: s.Temperature, Seed: j.seed,
-		Steps: s.Steps, Sampler: s.Sampler, Eta: s.Eta, CFGChannels: s.CFGChannels}
+		Steps: s.Steps, Sampler: s.Sampler, Eta: s.Eta, CFGChannels: s.CFGChannels,
+		Order: j.draw.order, TopK: j.draw.topK, TopP: j.draw.topP, CodeSampler: j.draw.sampler, ChoiceTemperature: j.draw.choice}
 }
 
 func (j *job) options() sample.Options {
@@ -431,7 +493,8 @@ func (j *job) imageSize() int { return j.info.PixelSize() }
 func refuseOthers(c *cli.Context, kind string) error {
 	other, what := []string{"steps", "sampler", "eta", "cfg-channels"}, "a DiT, and this is a MAR"
 	if kind == checkpoint.KindDiT {
-		other, what = []string{"iters", "head-steps", "max-timestep", "cfg-schedule", "image", "mask", "patch-size"}, "a MAR, and this is a DiT"
+		other, what = []string{"iters", "head-steps", "max-timestep", "cfg-schedule", "image", "mask", "patch-size",
+			"order", "top-k", "top-p", "code-sampler", "choice-temperature"}, "a MAR, and this is a DiT"
 	}
 	for _, name := range other {
 		if c.IsSet(name) {
