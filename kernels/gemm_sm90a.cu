@@ -7,19 +7,22 @@
 // warpgroups run the epilogue of a tile, the other one already fetches the next.
 //
 //	tile      stages  shared memory  accumulators a thread
-//	128×256   4       213 KiB        128 (registers move from the copying warpgroup)
-//	128×128   5       180 KiB        64
-//	64×128    6       154 KiB        64
+//	128×256   4       213 KiB        128
+//	128×128   5       196 KiB        64
+//	64×128    6       162 KiB        64
 //	64×64     6       106 KiB        32, two blocks a multiprocessor
 //	64×32     8       106 KiB        16, two blocks a multiprocessor
 //
-// Registers: 168, 136, 136, 125, 80, no spills (nvcc 13.5). Main loop: 4 HGMMA for 64 columns.
+// With two computing warpgroups registers move to them from the copying one.
+//
+// Registers: 168, 168, 185, 122, 87, no spills (nvcc 13.5). Main loop: 4 HGMMA for 64 columns.
 //
 // Every output is one chain of k16 products in ascending k, whatever the tile: the choice of the tile does not change
 // a bit. Tails need no code: TMA fills with zeros, stores are predicated.
 //
-// Epilogue: a warp passes its 16 rows through 2.5 KiB of shared memory of its own, 32 columns at a time, so that
-// whole rows of 16 bytes go out and the activation's code exists once (a loop over shared memory).
+// Epilogue: a warp passes its 16 rows through shared memory of its own, 32 or 64 columns at a time, so that whole
+// rows go out; biases and residuals are requested before the last products have come. Nothing hides it but the tail of the other
+// warpgroup, so its latency counts: at K = 768 it is the larger part of a tile that does not.
 #include "gemm_sm90a.cuh"
 
 #include <cstdlib>
@@ -30,12 +33,14 @@
 
 namespace {
 
-constexpr int kPitch = 40; // of a staged row of 32 floats: pairs of 4 rows touch every bank once
+// A warp passes its sums through shared memory CW columns at a time, rows CW + 8 floats apart: pairs of 4
+// rows touch every bank once.
+template <int BN> constexpr int kChunk = BN == 128 ? 64 : 32; // CW
 
 template <int WGS, int BN, int S> struct alignas(1024) Memory {
 	bf16 a[S][WGS * 64 * 64];
 	bf16 b[S][BN * 64];
-	float staged[WGS * 4][16 * kPitch];
+	float staged[WGS * 4][16 * (kChunk<BN> + 8)];
 	uint64_t full[S], empty[S];
 };
 
@@ -44,83 +49,98 @@ struct Params {
 	int32_t m, n, tiles_m, tiles_n, steps, one_per_sm; // steps: of 64 columns
 };
 
-// activate_all: act(v + bias) of the 16 × 32 staged floats of a warp; a lane owns columns 4·(lane%8) … of rows lane/8 + 4i.
-template <int ACT> MARGO_DEVICE void activate_all(float *mine, const float (&bias)[4]) {
-#pragma unroll 2
-	for (int i = 0; i < 4; i++) {
-		float v[4];
-		load4<true>(v, mine + i * 4 * kPitch, 4);
-#pragma unroll
-		for (int j = 0; j < 4; j++) v[j] = activate(ACT, __fadd_rn(v[j], bias[j]));
-		store4<true>(mine + i * 4 * kPitch, v, 4);
-	}
-}
+// Chunk is the lane's part of 16 × CW outputs whose first is element (row, col): 4 columns of every RP-th row. What the
+// epilogue adds is requested before the sums are there.
+template <int CW> struct Chunk {
+	static constexpr int LANES = CW / 4, RP = 32 / LANES, N = 16 / RP; // lanes of a row, rows of a pass, passes
+	float bias[4], residual[N][4];
+	int row, col;
+	bool vector;
 
-// finish stores 16 × 32 staged sums whose first is element (row, col) of the result.
-MARGO_DEVICE void finish(const Epilogue &e, float *staged, int row, int col, int m, int n) {
-	const int lane = threadIdx.x % 32;
-	float *mine = staged + lane / 8 * kPitch + lane % 8 * 4;
-	row += lane / 8, col += lane % 8 * 4;
-	const bool vector = e.vector && col + 4 <= n;
-	float bias[4] = {0, 0, 0, 0};
-	if (e.bias) {
-		if (vector)
-			load4<true>(bias, e.bias + col, 4);
-		else
-			load4<false>(bias, e.bias + col, n - col);
-	}
-	float residual[4][4]; // all requested before the activation runs
-	if (e.residual) {
+	MARGO_DEVICE void begin(const Epilogue &e, int first_row, int first_col, int m, int n) {
+		const int lane = threadIdx.x % 32;
+		row = first_row + lane / LANES, col = first_col + lane % LANES * 4;
+		vector = e.vector && col + 4 <= n;
 #pragma unroll
-		for (int i = 0; i < 4; i++) {
-			const int r = row + i * 4;
-			const float *p = e.residual + int64_t(r) * e.ldr + col;
-			if (vector && r < m)
+		for (int j = 0; j < 4; j++) bias[j] = 0;
+		if (e.bias) {
+			if (vector)
+				load4<true>(bias, e.bias + col, 4);
+			else
+				load4<false>(bias, e.bias + col, n - col);
+		}
+		if (!e.residual) return;
+		const float *p = e.residual + int64_t(row) * e.ldr + col;
+		const int64_t step = RP * e.ldr;
+#pragma unroll
+		for (int i = 0; i < N; i++, p += step) {
+			const bool in = row + i * RP < m;
+			if (vector && in)
 				load4<true>(residual[i], p, 4);
 			else
-				load4<false>(residual[i], p, r < m ? n - col : 0);
+				load4<false>(residual[i], p, in ? n - col : 0);
 		}
 	}
-	switch (e.act) {
-	case MARGO_GELU_ERF: activate_all<MARGO_GELU_ERF>(mine, bias); break;
-	case MARGO_GELU_TANH: activate_all<MARGO_GELU_TANH>(mine, bias); break;
-	case MARGO_SILU: activate_all<MARGO_SILU>(mine, bias); break;
-	default: activate_all<MARGO_IDENTITY>(mine, bias); break;
+
+	template <int ACT> static MARGO_DEVICE void activate_all(float (&v)[N][4]) {
+#pragma unroll
+		for (int i = 0; i < N; i++)
+#pragma unroll
+			for (int j = 0; j < 4; j++) v[i][j] = activate(ACT, v[i][j]);
 	}
+
+	// finish takes the sums from shared memory.
+	MARGO_DEVICE void finish(const Epilogue &e, const float *staged, int m, int n) const {
+		const int lane = threadIdx.x % 32;
+		float v[N][4];
 #pragma unroll
-	for (int i = 0; i < 4; i++) {
-		const int r = row + i * 4;
-		float v[4];
-		load4<true>(v, mine + i * 4 * kPitch, 4);
+		for (int i = 0; i < N; i++) {
+			load4<true>(v[i], staged + (lane / LANES + i * RP) * (CW + 8) + lane % LANES * 4, 4);
+#pragma unroll
+			for (int j = 0; j < 4; j++) v[i][j] = __fadd_rn(v[i][j], bias[j]);
+		}
+		switch (e.act) {
+		case MARGO_GELU_ERF: activate_all<MARGO_GELU_ERF>(v); break;
+		case MARGO_GELU_TANH: activate_all<MARGO_GELU_TANH>(v); break;
+		case MARGO_SILU: activate_all<MARGO_SILU>(v); break;
+		}
 		if (e.gate) { // never contracted: the same bits on every path
-			const float *p = e.gate + int64_t(uint32_t(r) / uint32_t(e.gate_rows)) * e.ldg + col;
-			float gate[4];
-			if (vector && r < m)
-				load4<true>(gate, p, 4);
-			else
-				load4<false>(gate, p, r < m ? n - col : 0);
 #pragma unroll
-			for (int j = 0; j < 4; j++) v[j] = __fmul_rn(gate[j], v[j]);
+			for (int i = 0; i < N; i++) {
+				const int r = row + i * RP;
+				const float *p = e.gate + int64_t(uint32_t(r) / uint32_t(e.gate_rows)) * e.ldg + col;
+				float gate[4];
+				if (vector && r < m)
+					load4<true>(gate, p, 4);
+				else
+					load4<false>(gate, p, r < m ? n - col : 0);
+#pragma unroll
+				for (int j = 0; j < 4; j++) v[i][j] = __fmul_rn(gate[j], v[i][j]);
+			}
 		}
 		if (e.residual) {
 #pragma unroll
-			for (int j = 0; j < 4; j++) v[j] = __fadd_rn(residual[i][j], v[j]);
+			for (int i = 0; i < N; i++)
+#pragma unroll
+				for (int j = 0; j < 4; j++) v[i][j] = __fadd_rn(residual[i][j], v[i][j]);
 		}
-		if (r >= m || col >= n) continue;
-		const int64_t at = int64_t(r) * e.ldy + col;
-		if (e.y_bf16) {
+		if (col >= n) return;
+		if (e.y_bf16)
+			store(static_cast<bf16 *>(e.y) + int64_t(row) * e.ldy + col, RP * e.ldy, v, m, n);
+		else
+			store(static_cast<float *>(e.y) + int64_t(row) * e.ldy + col, RP * e.ldy, v, m, n);
+	}
+	template <class T> MARGO_DEVICE void store(T *y, int64_t step, const float (&v)[N][4], int m, int n) const {
+#pragma unroll
+		for (int i = 0; i < N; i++, y += step) {
+			if (row + i * RP >= m) continue;
 			if (vector)
-				store4<true>(static_cast<bf16 *>(e.y) + at, v, 4);
+				store4<true>(y, v[i], 4);
 			else
-				store4<false>(static_cast<bf16 *>(e.y) + at, v, n - col);
-		} else {
-			if (vector)
-				store4<true>(static_cast<float *>(e.y) + at, v, 4);
-			else
-				store4<false>(static_cast<float *>(e.y) + at, v, n - col);
+				store4<false>(y, v[i], n - col);
 		}
 	}
-}
+};
 
 template <int WGS, int BN, int S>
 __global__ void __launch_bounds__(WGS * 128 + 128, BN <= 64 ? 2 : 1) gemm_wgmma(const __grid_constant__ CUtensorMap xmap, const __grid_constant__ CUtensorMap wmap,
@@ -138,7 +158,7 @@ __global__ void __launch_bounds__(WGS * 128 + 128, BN <= 64 ? 2 : 1) gemm_wgmma(
 	uint32_t parity = 0; // of the ring's round
 
 	if (threadIdx.x >= WGS * 128) { // copies
-		if constexpr (BN == 256) gpu::registers_down<40>();
+		if constexpr (WGS == 2) gpu::registers_down<40>();
 		if (threadIdx.x != WGS * 128) return;
 		gpu::tma_prefetch_map(&xmap), gpu::tma_prefetch_map(&wmap);
 		for (int t = blockIdx.x; t < tiles; t += gridDim.x) {
@@ -155,7 +175,7 @@ __global__ void __launch_bounds__(WGS * 128 + 128, BN <= 64 ? 2 : 1) gemm_wgmma(
 		return;
 	}
 
-	if constexpr (BN == 256) gpu::registers_up<232>();
+	if constexpr (WGS == 2) gpu::registers_up<232>();
 	const int wg = threadIdx.x / 128, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 	for (int t = blockIdx.x; t < tiles; t += gridDim.x) {
 		int64_t tm, tn;
@@ -174,23 +194,27 @@ __global__ void __launch_bounds__(WGS * 128 + 128, BN <= 64 ? 2 : 1) gemm_wgmma(
 			last = slot;
 			if (++slot == S) slot = 0, parity ^= 1;
 		}
-		gpu::wgmma_wait<0>();
-		if (lane == 0) gpu::mbarrier_arrive(&mem.empty[last]);
 
+		constexpr int CW = kChunk<BN>, pitch = CW + 8;
 		float *staged = mem.staged[warp];
 		const int row = int(tm) * WGS * 64 + warp * 16, col = int(tn) * BN;
+		Chunk<CW> chunk;
+		chunk.begin(p.e, row, col, p.m, p.n);
+		gpu::wgmma_wait<0>();
+		if (lane == 0) gpu::mbarrier_arrive(&mem.empty[last]);
 #pragma unroll
-		for (int c = 0; c < BN / 32; c++) {
+		for (int c = 0; c < BN / CW; c++) {
+			if (c > 0) chunk.begin(p.e, row, col + c * CW, p.m, p.n);
 			__syncwarp(); // the previous columns have been read
 #pragma unroll
-			for (int j = 0; j < 4; j++) {
-				float *q = staged + lane / 4 * kPitch + j * 8 + lane % 4 * 2;
-				const float *d = acc + (c * 4 + j) * 4;
+			for (int j = 0; j < CW / 8; j++) {
+				float *q = staged + lane / 4 * pitch + j * 8 + lane % 4 * 2;
+				const float *d = acc + (c * (CW / 8) + j) * 4;
 				*reinterpret_cast<float2 *>(q) = make_float2(d[0], d[1]);
-				*reinterpret_cast<float2 *>(q + 8 * kPitch) = make_float2(d[2], d[3]);
+				*reinterpret_cast<float2 *>(q + 8 * pitch) = make_float2(d[2], d[3]);
 			}
 			__syncwarp();
-			if (row < p.m && col + c * 32 < p.n) finish(p.e, staged, row, col + c * 32, p.m, p.n);
+			chunk.finish(p.e, staged, p.m, p.n);
 		}
 	}
 }
