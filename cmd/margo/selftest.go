@@ -206,6 +206,9 @@ var recordings = []struct{ model, traces string }{
 	{"mar_tiny_trained.safetensors", "mar_trained_sample_*.safetensors"},
 	{"vae_tiny.safetensors", "vae_io*.safetensors"},
 	{"vq_ldm.safetensors", "vq_ldm_*.safetensors"},
+	{"dit_tiny.safetensors", "dit_forward.safetensors"},
+	{"dit_tiny.safetensors", "dit_p_sample_loop_*.safetensors"},
+	{"dit_tiny.safetensors", "dit_ddim_sample_loop_*.safetensors"},
 }
 
 func (t *selftest) traces(dir string) {
