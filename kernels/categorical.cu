@@ -212,7 +212,7 @@ template <class W> MARGO_DEVICE int inverse(const Categorical &p, const W &e, do
 	return s.found;
 }
 
-template <bool IN_SMEM> __global__ void __launch_bounds__(THREADS) categorical_kernel(Categorical p) {
+template <bool IN_SMEM> __global__ void __launch_bounds__(THREADS, 1) categorical_kernel(Categorical p) {
 	Scratch &s = gpu::smem<Scratch>();
 	const int64_t r = blockIdx.x;
 	const int t = int(threadIdx.x);

@@ -28,7 +28,7 @@ struct GemmParams {
 };
 
 template <int BM, int BN, int WM, int WN, int S, bool ASYNC>
-__global__ void __launch_bounds__(WM *WN * 32) gemm_bf16(const GemmParams p) {
+__global__ void __launch_bounds__(WM *WN * 32, BM * BN > 128 * 128 ? 1 : 2) gemm_bf16(const GemmParams p) {
 	auto &mem = gpu::smem<TileMemory<BM, BN, S>>();
 	int64_t tm, tn;
 	tile_of(blockIdx.x, (p.m + BM - 1) / BM, (p.n + BN - 1) / BN, tm, tn);
