@@ -126,7 +126,24 @@ func Count(kind string) (int, error) {
 	var n C.int32_t
 	text := make([]byte, 512)
 	if s := C.m_device_count(p.api, &n, (*C.char)(unsafe.Pointer(&text[0])), C.size_t(len(text))); s != C.MARGO_OK {
-		return 0, engine.Errorf("open "+kind, kinds[s], "%s", cString(text))
+		return 0, engine.Errorf("open "+kind, kinds[s], "%s", driverText(kind, driverLibrary, cString(text)))
 	}
 	return int(n), nil
+}
+
+// driverLibrary is the NVIDIA driver's, which the runtime looks for.
+const driverLibrary = "libcuda.so.1"
+
+// driverText says that there is no driver where that is why the runtime calls it too old.
+func driverText(kind, library, text string) string {
+	if kind != "cuda" || !strings.Contains(text, "cudaErrorInsufficientDriver") {
+		return text
+	}
+	name := C.CString(library)
+	defer C.free(unsafe.Pointer(name))
+	if h := C.dlopen(name, C.RTLD_NOW|C.RTLD_LOCAL); h != nil {
+		C.dlclose(h)
+		return text
+	}
+	return "no NVIDIA driver: " + library + " not found (" + text + ")"
 }

@@ -67,7 +67,7 @@ func Open(name string, o Options) (*Device, error) {
 	}
 	text := make([]byte, 1024)
 	if s := C.m_open(p.api, C.int32_t(n), flags, &d.ctx, (*C.char)(unsafe.Pointer(&text[0])), C.size_t(len(text))); s != C.MARGO_OK {
-		return nil, &engine.Error{Op: "open device", Kind: kinds[s], Device: d.name, Err: fmt.Errorf("%s", cString(text))}
+		return nil, &engine.Error{Op: "open device", Kind: kinds[s], Device: d.name, Err: fmt.Errorf("%s", driverText(kind, driverLibrary, cString(text)))}
 	}
 	d.info.size = C.sizeof_margo_info
 	err = d.status("open device", C.m_info(p.api, d.ctx, &d.info))
