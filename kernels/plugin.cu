@@ -177,7 +177,10 @@ margo_status info(margo_context *c, margo_info *out) {
 	i.emulated = gpu::emulated;
 	snprintf(i.name, sizeof i.name, "%.127s", c->prop.name);
 	snprintf(i.pci_bus_id, sizeof i.pci_bus_id, "%04x:%02x:%02x.0", c->prop.pciDomainID, c->prop.pciBusID, c->prop.pciDeviceID);
-	snprintf(i.arch, sizeof i.arch, gpu::emulated ? "emu" : "sm_%d%d", i.cc_major, i.cc_minor);
+	if (gpu::emulated)
+		snprintf(i.arch, sizeof i.arch, "emu");
+	else
+		snprintf(i.arch, sizeof i.arch, "sm_%d%d", i.cc_major, i.cc_minor);
 	memcpy(out, &i, out->size < sizeof i ? out->size : sizeof i);
 	return MARGO_OK;
 }
@@ -263,8 +266,9 @@ margo_status free_(margo_context *c, uint64_t p) {
 		c->counters.bytes_allocated -= it->second;
 		c->sizes.erase(it);
 	}
-	MARGO_TRY(wait_all(c, "waiting before memory is freed"));
-	return check(c, cudaFree(reinterpret_cast<void *>(uintptr_t(p))), "freeing memory");
+	margo_status s = wait_all(c, "waiting before memory is freed");
+	margo_status freed = check(c, cudaFree(reinterpret_cast<void *>(uintptr_t(p))), "freeing memory"); // also of a device that has failed
+	return s != MARGO_OK ? s : freed;
 }
 
 margo_status host_alloc(margo_context *c, uint64_t bytes, void **out) {

@@ -55,7 +55,13 @@ void load_matrices(void **args, bool transposed) {
 	const int count = static_cast<LdMatrix *>(args[0])->count;
 	for (int m = 0; m < count; m++) {
 		const char *rows[8];
-		for (int r = 0; r < 8; r++) rows[r] = static_cast<const char *>(static_cast<LdMatrix *>(args[m * 8 + r])->row);
+		unsigned hits[8] = {}, worst = 0; // 8 rows of 16 bytes should lie in 8 different groups of 4 banks
+		for (int r = 0; r < 8; r++) {
+			rows[r] = static_cast<const char *>(static_cast<LdMatrix *>(args[m * 8 + r])->row);
+			unsigned &h = hits[reinterpret_cast<uintptr_t>(rows[r]) / 16 % 8];
+			if (++h > worst) worst = h;
+		}
+		group->run->matrices.fetch_add(1, std::memory_order_relaxed), group->run->matrix_waves.fetch_add(worst, std::memory_order_relaxed);
 		for (int l = 0; l < 32; l++) {
 			uint32_t v;
 			if (!transposed) {
@@ -128,11 +134,16 @@ void collective(Op op, uint32_t mask, void *arg, const char *file, int line) {
 	case Op::ldmatrix_t: load_matrices(m.arg, true); break;
 	case Op::call: (*static_cast<const std::function<void()> *>(arg))(); break;
 	}
+	if constexpr (check::on)
+		if (op == Op::sync || op == Op::call) check::meet(mask);
 	wake(&w, mask);
 }
 
 void ldmatrix(uint32_t *r, int count, const void *row, bool transposed, const char *file, int line) {
-	if (self()->lane < count * 8) check_shared(row, 16, 16, "ldmatrix: row", file, line);
+	if (self()->lane < count * 8) {
+		check_shared(row, 16, 16, "ldmatrix: row", file, line);
+		if constexpr (check::on) check::read(row, 16, __builtin_return_address(0));
+	}
 	LdMatrix m{r, row, count};
 	collective(transposed ? Op::ldmatrix_t : Op::ldmatrix, ~0u, &m, file, line);
 }
@@ -158,6 +169,7 @@ void arrive(int id, int count, bool wait, const char *file, int line) {
 	} else {
 		r.count = count, r.file = file, r.line = line;
 	}
+	if constexpr (check::on) check::release(b.clocks[&r]);
 	r.arrived++;
 	int w = f->warp->number - b.first->number;
 	if (r.arrived < count) {
@@ -167,6 +179,12 @@ void arrive(int id, int count, bool wait, const char *file, int line) {
 		return;
 	}
 	r.arrived = 0;
+	if constexpr (check::on) {
+		if (wait) check::acquire(b.clocks[&r]);
+		for (int i = 0; i < b.warps; i++)
+			for (uint32_t m = r.waiting[i]; m; m &= m - 1) check::acquire(b.first[i].lanes + __builtin_ctz(m), b.clocks[&r]);
+		b.clocks[&r].clear();
+	}
 	for (int i = 0; i < b.warps; i++) {
 		wake(b.first + i, r.waiting[i]);
 		r.waiting[i] = 0;

@@ -32,6 +32,7 @@ void cp_async(void *dst, const void *src, int size, int bytes, const char *file,
 	if (bytes < 0 || bytes > size) fail(cudaErrorLaunchFailure, file, line, "cp.async: %d bytes of %d", bytes, size);
 	if (reinterpret_cast<uintptr_t>(src) % unsigned(size)) fail(cudaErrorMisalignedAddress, file, line, "cp.async: source %p is no multiple of %d", src, size);
 	if (bytes) check_global(src, size_t(bytes), "cp.async: source", file, line);
+	if constexpr (check::on) check::write(dst, size_t(size), __builtin_return_address(0));
 	memset(dst, 0xff, size_t(size)); // whoever reads it before the wait sees NaN
 	f->copies.push_back({static_cast<char *>(dst), static_cast<const char *>(src), size, bytes});
 }
@@ -49,6 +50,7 @@ void cp_async_wait(int n) {
 	for (size_t i = 0; i < groups; i++) count += f->commits[i];
 	for (size_t i = 0; i < count; i++) {
 		const Copy &c = f->copies[i];
+		if constexpr (check::on) check::write(c.dst, size_t(c.size), __builtin_return_address(0)), check::read(c.src, size_t(c.bytes), __builtin_return_address(0));
 		memcpy(c.dst, c.src, size_t(c.bytes));
 		memset(c.dst + c.bytes, 0, size_t(c.size - c.bytes));
 	}

@@ -59,6 +59,8 @@ void read_settings() {
 	v.fail_alloc = number("MARGO_EMU_FAIL_ALLOC", -1);
 	v.lose_device = number("MARGO_EMU_LOSE_DEVICE", -1);
 	if (const char *t = getenv("MARGO_EMU_TRACE")) v.trace = t;
+	if (const char *t = getenv("MARGO_EMU_REPORT")) v.report = t;
+	if (check::on) v.threads = 1; // its clocks are those of one worker
 	if (v.devices < 0 || v.devices > 64) v.devices = 1;
 	if (v.sms < 1) v.sms = 1;
 	if (v.threads < 1 || v.threads > 64) v.threads = 1;

@@ -100,7 +100,7 @@ template <class T> T shuffle(uint32_t mask, T v, int from, const char *file, int
 
 // Atomics on memory that blocks share. They also tell the scheduler that something changed.
 void changed();
-template <class T, class F> T update(T *p, F f) {
+template <class T, class F> T update(T *p, F f) { // relaxed, as CUDA's are
 	static_assert(sizeof(T) == 4 || sizeof(T) == 8);
 	check_aligned(p, sizeof(T), "", 0);
 	using Word = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
@@ -110,7 +110,7 @@ template <class T, class F> T update(T *p, F f) {
 		memcpy(&v, &old, sizeof v);
 		T next = f(v);
 		memcpy(&now, &next, sizeof v);
-	} while (!__atomic_compare_exchange_n(w, &old, now, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED));
+	} while (!__atomic_compare_exchange_n(w, &old, now, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
 	changed();
 	return v;
 }

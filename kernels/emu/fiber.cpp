@@ -245,6 +245,11 @@ uint32_t next_random(Group *g) {
 	return uint32_t(g->random >> 33);
 }
 
+bool in_stack(const Fiber *f, const void *p) {
+	auto *q = static_cast<const char *>(p);
+	return q >= f->stack->base && q < f->stack->base + kStack;
+}
+
 void wake(Warp *w, uint32_t lanes) {
 	group->idle = 0;
 	w->ready |= lanes & w->live;
@@ -359,7 +364,7 @@ void run_blocks(Group *g, Run *run, uint64_t first, int count) {
 		k.smem = g->memory[size_t(b)];
 		memset(k.smem, 0xff, l.smem + zone);
 		memset(k.barriers, 0, sizeof k.barriers);
-		k.tma.clear(), k.sleepers.clear();
+		k.tma.clear(), k.sleepers.clear(), k.clocks.clear(), k.ended.clear();
 		for (auto &log : k.wgmma_log) log.clear();
 		for (int w = 0; w < warps; w++) {
 			Warp &x = k.first[w];
@@ -385,6 +390,7 @@ void run_blocks(Group *g, Run *run, uint64_t first, int count) {
 	}
 	group = g;
 	blockDim = l.block, gridDim = l.grid;
+	if constexpr (check::on) check::begin(g);
 	Fiber *begin = pick(g, 0);
 	give_stack(begin, take_stack(g));
 	current = begin;
@@ -397,6 +403,7 @@ void run_blocks(Group *g, Run *run, uint64_t first, int count) {
 	__sanitizer_finish_switch_fiber(g->main_fake, nullptr, nullptr);
 #endif
 	current = nullptr;
+	if constexpr (check::on) check::end(g);
 	group = nullptr;
 	if (run->failed.load()) { // fibers were dropped: their stacks are whole again
 		g->free_stacks = g->all_stacks;

@@ -7,10 +7,12 @@
 #pragma once
 
 #include <atomic>
+#include <map>
 #include <mutex>
 #include <string>
 #include <vector>
 
+#include "check.h"
 #include "sm90.h"
 
 namespace emu {
@@ -33,6 +35,7 @@ struct Launch {
 // Run is a launch that executes: what its workers share.
 struct Run {
 	const Launch *launch;
+	uint64_t number; // of the launch
 	std::vector<Range> memory; // device allocations, ascending
 	uint64_t seed;
 	std::vector<uint64_t> order; // of blocks, if shuffled
@@ -41,6 +44,11 @@ struct Run {
 	std::mutex mu; // guards what follows
 	cudaError_t code = cudaSuccess;
 	std::string report;
+	bool counting = false; // of accesses
+	std::vector<const void *> pcs; // that {pc0}, {pc1} in the report stand for
+	// Counters of global [0] and shared [1] memory (check builds), and of ldmatrix (any build).
+	uint64_t requests[2] = {}, waves[2] = {}, least[2] = {};
+	std::atomic<uint64_t> matrices{0}, matrix_waves{0};
 };
 
 struct Copy { // a cp.async under way
@@ -131,6 +139,9 @@ struct Block {
 	Barrier barriers[16];
 	std::vector<Tma> tma;
 	std::vector<Sleeper> sleepers;
+	std::map<const void *, check::Clocks> clocks, ended; // of barriers and mbarriers; of mbarriers' last phase
+	void *cells = nullptr; // the checker's, of shared memory
+	bool together = false; // with all other blocks of the launch
 	std::vector<Operands> wgmma_log[8]; // products of each warpgroup
 };
 
@@ -163,6 +174,7 @@ void block_here(const char *what, const char *file, int line);
 void wake(Warp *, uint32_t lanes);
 inline bool woken(const Fiber *f) { return f->warp->ready >> f->lane & 1; }
 uint32_t next_random(Group *);
+bool in_stack(const Fiber *, const void *);
 
 bool deliver_late(Group *); // makes a copy of TMA arrive
 void check_block_exit(Block *);

@@ -1,6 +1,7 @@
 // launch.cpp: launches: what the runtime refuses, and how blocks are spread over
 // threads of the system.
 #include <condition_variable>
+#include <cstdio>
 #include <thread>
 
 #include "state.h"
@@ -55,6 +56,25 @@ void Helper::loop() {
 	}
 }
 
+// report appends what was counted to the file that MARGO_EMU_REPORT names.
+void report(const Run &r) {
+	std::string path;
+	{
+		std::lock_guard<std::mutex> lock(state().mu);
+		path = state().settings.report;
+	}
+	if (path.empty()) return;
+	FILE *f = fopen(path.c_str(), "a");
+	if (!f) return;
+	fprintf(f, "%s", r.launch->name.c_str());
+	if (uint64_t n = r.matrices.load()) fprintf(f, " ldmatrix=%llu conflicts=%.2f", (unsigned long long)n, double(r.matrix_waves.load()) / double(n));
+	const char *names[2] = {"global", "shared"};
+	for (int i = 0; i < 2; i++)
+		if (r.requests[i]) fprintf(f, " %s=%llu excess=%.2f", names[i], (unsigned long long)r.requests[i], double(r.waves[i]) / double(r.least[i]));
+	fprintf(f, "\n");
+	fclose(f);
+}
+
 } // namespace
 
 void execute(Run *r, int threads) {
@@ -85,8 +105,9 @@ void run_launch(const Launch &l, int device) {
 		for (auto &a : s.memory)
 			if (a.second.device >= 0) r.memory.push_back({a.first, a.first + a.second.bytes});
 		r.seed = s.settings.seed ? s.settings.seed * 0x9E3779B97F4A7C15ull + s.runs : 0;
-		s.runs++;
+		r.number = ++s.runs;
 		threads = s.settings.threads;
+		r.counting = !s.settings.report.empty();
 	}
 	if (r.seed && l.cluster.x * l.cluster.y * l.cluster.z == 1) {
 		r.order.resize(blocks_of(l));
@@ -98,6 +119,11 @@ void run_launch(const Launch &l, int device) {
 		}
 	}
 	execute(&r, threads);
+	report(r);
+	for (size_t i = 0; i < r.pcs.size(); i++) {
+		std::string name = text("{pc%zu}", i);
+		if (size_t at = r.report.find(name); at != std::string::npos) r.report.replace(at, name.size(), check::place(r.pcs[i]));
+	}
 	if (r.code == cudaSuccess) return;
 	std::lock_guard<std::mutex> lock(s.mu);
 	if (s.devices[size_t(device)].error == cudaSuccess) {

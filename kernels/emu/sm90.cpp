@@ -26,6 +26,10 @@ void end_phase_if_complete(Block *k, MBarrier *b) {
 	if (b->pending || b->bytes) return;
 	b->phase ^= 1;
 	b->pending = b->count;
+	if constexpr (check::on) {
+		k->ended[b] = std::move(k->clocks[b]);
+		k->clocks[b].clear();
+	}
 	for (size_t i = 0; i < k->sleepers.size();) {
 		if (k->sleepers[i].at != b) {
 			i++;
@@ -75,6 +79,12 @@ void check_descriptor(uint64_t d, int rows, const char *what, const char *file, 
 // product computes the warp's 16 rows of one wgmma into v [lane][n/2].
 void product(const Warp &w, const Wgmma &g, std::vector<float> &v) {
 	const char *smem = w.block->smem;
+	if constexpr (check::on) { // whole groups of 8 rows: what swizzling does within them does not matter
+		const int first = (w.number - w.block->first->number) % 4 * 16;
+		auto at = [&](uint64_t d, int row) { return smem + (uint32_t(d & 0x3fff) << 4) / 1024 * 1024 - 1024 + row * 128; };
+		check::read(at(g.a, first), 16 * 128, __builtin_return_address(0));
+		check::read(at(g.b, 0), size_t(g.n) * 128, __builtin_return_address(0));
+	}
 	const int row0 = (w.number - w.block->first->number) % 4 * 16, n = g.n;
 	float a[16][16];
 	std::vector<float> b(size_t(n) * 16), d(size_t(n) * 16);
@@ -104,6 +114,7 @@ void mbarrier_init(uint64_t *p, int count, const char *file, int line) {
 void mbarrier_arrive(uint64_t *p, int bytes, const char *file, int line) {
 	MBarrier *b = barrier_at(p, file, line);
 	if (b->pending == 0) fail(cudaErrorLaunchFailure, file, line, "mbarrier: more than %u arrivals in a phase", b->count);
+	if constexpr (check::on) check::release(self()->block_of->clocks[b]);
 	b->bytes += bytes;
 	b->pending--;
 	end_phase_if_complete(self()->block_of, b);
@@ -117,6 +128,7 @@ void mbarrier_wait(uint64_t *p, uint32_t parity, const char *file, int line) {
 		block_here("mbarrier_wait", file, line);
 		b = barrier_at(p, file, line);
 	}
+	if constexpr (check::on) check::acquire(self()->block_of->ended[b]);
 }
 
 void tma_load(void *dst, const CUtensorMap *map, int x, int y, uint64_t *p, const char *file, int line) {
@@ -125,6 +137,10 @@ void tma_load(void *dst, const CUtensorMap *map, int x, int y, uint64_t *p, cons
 	check_shared(dst, bytes, 16, "tma_load: destination", file, line);
 	if (shared_address(dst, file, line) % 1024) fail(cudaErrorMisalignedAddress, file, line, "tma_load: destination is no multiple of 1024");
 	check_global(map->base, size_t((map->rows - 1) * map->ld + map->cols) * 2, "tma_load: matrix", file, line);
+	if constexpr (check::on) {
+		check::write(dst, bytes, __builtin_return_address(0));
+		check::release(self()->block_of->clocks[p]);
+	}
 	memset(dst, 0xff, bytes);
 	self()->block_of->tma.push_back({static_cast<char *>(dst), *map, x, y, p});
 }

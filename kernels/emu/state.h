@@ -59,7 +59,7 @@ struct Settings { // from the environment
 	size_t memory = size_t(8) << 30;
 	uint64_t seed = 0;
 	int64_t fail_alloc = -1, lose_device = -1;
-	std::string trace;
+	std::string trace, report;
 };
 
 struct State {
