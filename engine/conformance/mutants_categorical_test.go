@@ -22,14 +22,14 @@ func categoricalMutants() []mutant {
 		categoricalMutant("ignores top-p", "", Exact, func(_ engine.Stream, a *engine.CategoricalArgs) { a.TopP = 1 }),
 		categoricalMutant("takes the other method", "", Exact, func(_ engine.Stream, a *engine.CategoricalArgs) { a.Method ^= 1 }),
 		categoricalMutant("ignores the stride", ".*stride", Exact, func(_ engine.Stream, a *engine.CategoricalArgs) { a.Stride = 0 }),
-		categoricalMutant("is guided the wrong way", ".*guidance=true", Oracle, func(s engine.Stream, a *engine.CategoricalArgs) {
+		categoricalMutant("is guided the wrong way", ".*guidance=true", Exact, func(s engine.Stream, a *engine.CategoricalArgs) {
 			a.Guidance = changed(s, a.Guidance, func(_, _ int, v float32) float32 { return 1 - v })
 		}),
 		categoricalMutant("counts the step wrongly", "", Exact, func(_ engine.Stream, a *engine.CategoricalArgs) { a.RNG.Step ^= 1 }),
 		categoricalMutant("depends on the row", "", Batch, func(s engine.Stream, a *engine.CategoricalArgs) {
 			a.IDs = changed(s, a.IDs, func(r, c int, v float32) float32 { return v + float32(r*(1-c)) })
 		}),
-		categoricalMutant("takes NaN for a small number", ".*special", NaN, func(s engine.Stream, a *engine.CategoricalArgs) {
+		categoricalMutant("takes NaN for a small number", ".*special", Exact, func(s engine.Stream, a *engine.CategoricalArgs) {
 			a.Logits = changed(s, a.Logits, func(_, _ int, v float32) float32 {
 				if v != v {
 					return -9
@@ -80,7 +80,7 @@ func pagedMutants() []mutant {
 			}}
 	}
 	return []mutant{
-		table("takes another sequence's block", "", Oracle, func(a engine.AttentionArgs, _, _ int, v float32) float32 {
+		table("takes another sequence's block", "", NaN, func(a engine.AttentionArgs, _, _ int, v float32) float32 {
 			if v < 0 {
 				return v
 			}
