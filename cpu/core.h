@@ -143,6 +143,7 @@ struct mc_head; // head.h
 
 struct mc_kernels {
 	const char *name; // "avx512-bf16", "avx2", "generic"
+	int blocked;      // GEMM cuts k into blocks
 
 	// Panel product: C[m, 32] (+)= A[m, k] · B, with B [k][32] at row stride ldb
 	// (MC_NR if packed). m >= 0 and k >= 0 are free; all 32 columns of B are

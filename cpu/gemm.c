@@ -10,7 +10,7 @@ static int useful(int nt, int64_t work) { return (int)mc_max(1, mc_min(nt, work 
 
 int mc_gemm_run(const struct mc_gemm *g, int nt) {
 	if (g->m <= 0 || g->n <= 0) return MC_OK;
-	return mc_parallel_take(useful(nt, g->m * g->n * (g->k + 16)), mc_gemm_scratch(g), gemm_worker, (void *)g);
+	return mc_parallel_take(useful(nt, g->m * g->n * (g->k + 16)), mc_gemm_scratch(g, mc_kern()->blocked), gemm_worker, (void *)g);
 }
 
 struct pack {

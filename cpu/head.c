@@ -50,7 +50,8 @@ static void tokens(struct mc_head *h, const struct mc_head *all, int64_t t0, int
 }
 
 static int run(struct mc_head *h, int nt) {
-	size_t scratch = MC_GEMM_TILE;
+	struct mc_gemm mods = {.m = h->rows * h->chunk, .k = h->w->ada.k, .ldx = h->ldw, .x_dtype = h->w->ada.dtype, .w_dtype = h->w->ada.dtype};
+	size_t scratch = h->by_rows ? MC_GEMM_TILE : mc_gemm_scratch(&mods, mc_kern()->blocked);
 	struct mc_head_buf b;
 	h->stop = 0;
 	if (h->by_rows) {

@@ -14,6 +14,7 @@
 
 const struct mc_kernels MC_KERNELS = {
 	.name = MC_ISA_NAME,
+	.blocked = GEMM_BLOCKED,
 	.mul_f32 = mul_f32,
 	.mul_bf16 = mul_bf16,
 	.pack_nk_f32 = pack_nk_f32,

@@ -1,7 +1,11 @@
 // peak.inc.h: what the machine can do at most, for comparison.
 
 // peak keeps KMR·KNV accumulators busy, as the micro-kernels do, without memory.
+// Where bf16 has no instruction of its own its products are f32 multiply-adds.
 static double peak(int dtype, int64_t iters) {
+#if !defined(MC_HAS_DOT)
+	dtype = MC_F32;
+#endif
 	vf acc[KMR][KNV], x = v_set1(0.5f), y = v_set1(1e-3f);
 	UNROLL for (int i = 0; i < KMR; i++) UNROLL for (int j = 0; j < KNV; j++) acc[i][j] = v_set1((float)(i * KNV + j)); // all different, or they are shared
 	for (int64_t n = 0; n < iters; n++) {

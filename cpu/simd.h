@@ -216,8 +216,8 @@ V_INLINE vf v_dot(vf acc, vi a, vi b) {
 	return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b);
 #else
 	vi hi = v_set1i((int32_t)0xffff0000u);
-	acc = v_fma(v_float(v_and(a, hi)), v_float(v_and(b, hi)), acc);
-	return v_fma(v_float(v_shl(a, 16)), v_float(v_shl(b, 16)), acc);
+	acc = v_fma(v_float(v_shl(a, 16)), v_float(v_shl(b, 16)), acc);
+	return v_fma(v_float(v_and(a, hi)), v_float(v_and(b, hi)), acc);
 #endif
 }
 
