@@ -1,7 +1,7 @@
 // gemm.inc.h: packing, micro-kernels, epilogue and the GEMM loop.
 //
-// A micro-kernel multiplies up to KMR rows of A with KNV vectors of columns of
-// one packed panel, all accumulators in registers, k in order, one
+// A micro-kernel multiplies up to KMR rows of A with KNV_OF(rows) vectors of
+// columns of one packed panel, all accumulators in registers, k in order, one
 // multiply-add per element and step. So an element's value depends on its row
 // and column only, never on tile shape, thread count or batch.
 
@@ -11,6 +11,7 @@
 #elif defined(MC_ISA_AVX2)
 #define KMR 6 // 12 + 2 + 1
 #define KNV 2
+#define KWIDE 2 // 8 + 4 + 1
 #define KBLOCK // see "Blocks of k" below
 #elif defined(__aarch64__)
 #define KMR 8 // 16 + 2 + 1 of 32
@@ -20,6 +21,14 @@
 #define KNV 2
 #endif
 #define KN (KNV * VL) // columns of one micro-kernel call; MC_NR / KN calls make a panel
+
+// Up to KWIDE rows take a whole panel in one call: they are bound by reading B,
+// which then streams by once.
+#ifndef KWIDE
+#define KWIDE 0
+#endif
+#define KNV_OF(mr) ((mr) <= KWIDE ? MC_NR / VL : KNV)
+#define KN_OF(mr) (KNV_OF(mr) * VL)
 
 #define UNROLL _Pragma("GCC unroll 16")
 #define AT(p, i) ((p) ? (p) + (i) : (p))
@@ -36,10 +45,11 @@ typedef void (*kern_bf16_fn)(int64_t k, const mc_bf16 *a, int64_t lda, const uin
                              int64_t ldc, int add, const float *bias, const char *pf, int64_t pfs);
 
 #define KERN_BEGIN(atype)                                                                         \
-	vf acc[KMR][KNV];                                                                         \
+	const int nv = KNV_OF(mr);                                                                \
+	vf acc[KMR][MC_NR / VL];                                                                   \
 	const atype *ar[KBASES];                                                                  \
 	UNROLL for (int i = 0; i < mr; i++) {                                                     \
-		UNROLL for (int j = 0; j < KNV; j++) acc[i][j] = add ? v_load(c + i * ldc + j * VL) : v_zero(); \
+		UNROLL for (int j = 0; j < nv; j++) acc[i][j] = add ? v_load(c + i * ldc + j * VL) : v_zero(); \
 	}                                                                                         \
 	UNROLL for (int i = 0; i < (mr + 2) / 3; i++) {                                           \
 		ar[i] = a + 3 * i * lda;                                                          \
@@ -48,13 +58,13 @@ typedef void (*kern_bf16_fn)(int64_t k, const mc_bf16 *a, int64_t lda, const uin
 
 #define KERN_END                                                                                  \
 	if (bias) {                                                                               \
-		UNROLL for (int j = 0; j < KNV; j++) {                                            \
+		UNROLL for (int j = 0; j < nv; j++) {                                            \
 			vf bj = v_load(bias + j * VL);                                            \
 			UNROLL for (int i = 0; i < mr; i++) acc[i][j] = acc[i][j] + bj;           \
 		}                                                                                 \
 	}                                                                                         \
 	UNROLL for (int i = 0; i < mr; i++) {                                                     \
-		UNROLL for (int j = 0; j < KNV; j++) v_store(c + i * ldc + j * VL, acc[i][j]);    \
+		UNROLL for (int j = 0; j < nv; j++) v_store(c + i * ldc + j * VL, acc[i][j]);    \
 	}
 
 // Each step fetches ahead two lines at pf, which the caller places: on the
@@ -71,12 +81,12 @@ V_INLINE void kern_f32(const int mr, int64_t k, const float *a, int64_t lda, con
                        int64_t ldc, int add, const float *bias, const char *pf, int64_t pfs) {
 	KERN_BEGIN(float)
 	for (int64_t kk = 0; kk < k; kk++) {
-		vf bv[KNV];
-		UNROLL for (int j = 0; j < KNV; j++) bv[j] = v_load(b + j * VL);
+		vf bv[MC_NR / VL];
+		UNROLL for (int j = 0; j < nv; j++) bv[j] = v_load(b + j * VL);
 		KERN_PREFETCH
 		UNROLL for (int i = 0; i < mr; i++) {
 			vf x = v_set1(A_ROW(i)[kk]);
-			UNROLL for (int j = 0; j < KNV; j++) acc[i][j] = v_fma(x, bv[j], acc[i][j]);
+			UNROLL for (int j = 0; j < nv; j++) acc[i][j] = v_fma(x, bv[j], acc[i][j]);
 		}
 		b += ldb;
 	}
@@ -88,19 +98,19 @@ V_INLINE void kern_bf16(const int mr, int64_t k, const mc_bf16 *a, int64_t lda, 
 	KERN_BEGIN(mc_bf16)
 	int64_t kk = 0;
 	for (; kk + 1 < k; kk += 2) {
-		vi bv[KNV];
-		UNROLL for (int j = 0; j < KNV; j++) bv[j] = v_loadi(b + j * VL);
+		vi bv[MC_NR / VL];
+		UNROLL for (int j = 0; j < nv; j++) bv[j] = v_loadi(b + j * VL);
 		KERN_PREFETCH
 		UNROLL for (int i = 0; i < mr; i++) {
 			vi x = v_set1_pair(A_ROW(i) + kk);
-			UNROLL for (int j = 0; j < KNV; j++) acc[i][j] = v_dot(acc[i][j], x, bv[j]);
+			UNROLL for (int j = 0; j < nv; j++) acc[i][j] = v_dot(acc[i][j], x, bv[j]);
 		}
 		b += ldb;
 	}
 	if (kk < k) {
 		UNROLL for (int i = 0; i < mr; i++) {
 			vi x = v_set1i(A_ROW(i)[kk]);
-			UNROLL for (int j = 0; j < KNV; j++)
+			UNROLL for (int j = 0; j < nv; j++)
 				acc[i][j] = v_dot(acc[i][j], x, v_and(v_loadi(b + j * VL), v_set1i(0xffff)));
 		}
 	}
@@ -208,7 +218,7 @@ static void mul_f32(int64_t m, int64_t k, const float *a, int64_t lda, const flo
 	int64_t blocks = mc_ceil(m, KMR);
 	for (int64_t i = 0; i < blocks; i++) {
 		int64_t lo = m * i / blocks, hi = m * (i + 1) / blocks;
-		for (int64_t j = 0; j < MC_NR; j += KN)
+		for (int64_t j = 0; j < MC_NR; j += KN_OF(hi - lo))
 			kern_f32_table[hi - lo](k, a + lo * lda, lda, b + j, ldb, c + lo * ldc + j, ldc, add,
 			                        NULL, (const char *)b, 0);
 	}
@@ -219,7 +229,7 @@ static void mul_bf16(int64_t m, int64_t k, const mc_bf16 *a, int64_t lda, const 
 	int64_t blocks = mc_ceil(m, KMR);
 	for (int64_t i = 0; i < blocks; i++) {
 		int64_t lo = m * i / blocks, hi = m * (i + 1) / blocks;
-		for (int64_t j = 0; j < MC_NR; j += KN)
+		for (int64_t j = 0; j < MC_NR; j += KN_OF(hi - lo))
 			kern_bf16_table[hi - lo](k, a + lo * lda, lda, b + j, ldb, c + lo * ldc + j, ldc, add,
 			                         NULL, (const char *)b, 0);
 	}
@@ -428,31 +438,32 @@ static void gemm_core(const struct mc_gemm *g, const void *x, int x_dtype, int64
 	}
 #endif
 	int64_t blocks = mc_ceil(m, KMR), panel = mc_panel_bytes(g->w_dtype, g->k);
-	// With one block of rows B streams through once, and is fetched some way
-	// ahead. With more, it streams while the first block passes and comes from
-	// L2 for the others; so each block fetches its part of the next panel.
-	int64_t part = panel / blocks / MC_LINE * MC_LINE, step = 2 * MC_LINE / blocks;
+	// In one pass B streams through, and is fetched some way ahead. In more, it
+	// streams with the first and comes from L2 for the others; so each fetches its
+	// part of the next panel.
+	int64_t passes = blocks * (MC_NR / KN_OF(mc_ceil(m, blocks)));
+	int64_t part = panel / passes / MC_LINE * MC_LINE, step = 2 * MC_LINE / passes;
 	int plain = g->epi.y_dtype == MC_F32 && g->epi.act == MC_NONE && !g->epi.gate && !g->epi.res;
 	for (int64_t p = p0; p < p1; p++) {
-		const char *b = (const char *)g->w + p * panel;
+		const char *b = (const char *)g->w + p * panel, *pf = passes == 1 ? b + MC_GEMM_AHEAD : p + 1 < p1 ? b + panel : b;
 		int64_t c0 = mc_max(p * MC_NR, g->n0), c1 = mc_min((p + 1) * MC_NR, g->n0 + g->n);
+		int64_t pfs = passes > 1 && p + 1 == p1 ? 0 : step;
 		// A whole panel that needs no more than its bias goes straight to Y.
-		int direct = 0 && plain && c1 - c0 == MC_NR;
+		int direct = plain && c1 - c0 == MC_NR;
 		for (int64_t i = 0; i < blocks; i++) {
 			int64_t lo = m * i / blocks, hi = m * (i + 1) / blocks;
-			const char *pf = blocks == 1 ? b + MC_GEMM_AHEAD : p + 1 < p1 ? b + panel + i * part : b;
-			int64_t pfs = blocks > 1 && p + 1 == p1 ? 0 : step;
 			epi_fetch(&g->epi, r0 + lo, c0 - g->n0, hi - lo);
 			float *c = direct ? (float *)g->epi.y + (r0 + lo) * g->epi.ldy + c0 - g->n0 : tile;
 			int64_t ldc = direct ? g->epi.ldy : MC_NR;
 			const float *bias = direct ? AT(g->epi.bias, c0 - g->n0) : NULL;
-			for (int64_t j = 0; j < MC_NR; j += KN) {
+			for (int64_t j = 0; j < MC_NR; j += KN_OF(hi - lo)) {
 				if (g->w_dtype == MC_F32)
 					kern_f32_table[hi - lo](g->k, (const float *)x + lo * ldx, ldx, (const float *)b + j,
 					                        MC_NR, c + j, ldc, 0, AT(bias, j), pf, pfs);
 				else
 					kern_bf16_table[hi - lo](g->k, (const mc_bf16 *)x + lo * ldx, ldx,
 					                         (const uint32_t *)b + j, MC_NR, c + j, ldc, 0, AT(bias, j), pf, pfs);
+				if (pfs) pf += part;
 			}
 			if (!direct) epilogue(&g->epi, r0 + lo, c0 - g->n0, hi - lo, c1 - c0, tile + c0 - p * MC_NR, MC_NR);
 		}

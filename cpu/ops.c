@@ -49,7 +49,7 @@ int mc_attention_run(struct mc_attention *a, int nt) {
 			if (a->blocks[s * a->ld_blocks + b] < 0 || a->blocks[s * a->ld_blocks + b] >= a->cache) return MC_INVALID;
 		pairs += a->heads;
 		queries += q;
-		work += q * k * a->heads * a->dh;
+		work += (q / 16 + 2) * k * a->heads * a->dh; // products, and reading K and V
 		longest = mc_max(longest, q);
 		a->max_k = mc_max(a->max_k, k);
 	}
@@ -59,7 +59,7 @@ int mc_attention_run(struct mc_attention *a, int nt) {
 	a->chunk = nt == 1 || pairs >= 4 * nt ? longest : MC_ATT_ROWS;
 	a->items = 0;
 	for (int64_t s = 0; s < a->seqs; s++) a->items += mc_ceil(a->qoff[s + 1] - a->qoff[s], a->chunk) * a->heads;
-	nt = (int)mc_min(useful(nt, work / 16), a->items);
+	nt = (int)mc_min(useful(nt, work), a->items);
 	return mc_parallel_take(nt, mc_att_layout(a).end, mc_kern()->ops->attention, a);
 }
 
