@@ -18,13 +18,13 @@ class RandomDraws:
     def normal(self, *shape):
         return torch.randn(*shape, generator=self.generator)
 
-    def initial(self, iteration, rows, channels):
-        """Noise that the reverse process of an iteration starts from, [rows, channels]."""
-        return self.normal(rows, channels)
+    def initial(self, iteration, *shape):
+        """Noise that the reverse process of an iteration starts from, [rows, channels]; of a DiT's images [n, C, h, w]."""
+        return self.normal(*shape)
 
-    def step(self, iteration, step, rows, channels):
+    def step(self, iteration, step, *shape):
         """Noise of one reverse step; step counts up from 0 in the order taken."""
-        return self.normal(rows, channels)
+        return self.normal(*shape)
 
     def steps(self, iteration, count, rows, channels):
         """Noise of all reverse steps of an iteration at once, [count, rows, channels]."""
@@ -41,12 +41,26 @@ class TraceDraws(RandomDraws):
     def orders(self, images, tokens):
         return self.trace["orders"].clone()
 
-    def initial(self, iteration, rows, channels):
+    def initial(self, iteration, *shape):
         return self.trace[f"iter{iteration}.init_noise"].clone()
 
-    def step(self, iteration, step, rows, channels):
+    def step(self, iteration, step, *shape):
         return self.trace[f"iter{iteration}.step_noise"][step].clone()
 
     def steps(self, iteration, count, rows, channels):
         # With guidance the trace holds noise for both halves; that of the second never reaches a kept result.
         return self.trace[f"iter{iteration}.step_noise"][:, :rows].clone()
+
+
+class JointTraceDraws(RandomDraws):
+    """The draws of a DiT's trace: `z` and `step_noise`, both halves of a guided batch."""
+
+    def __init__(self, trace):
+        super().__init__(0)
+        self.trace = trace
+
+    def initial(self, iteration, *shape):
+        return self.trace["z"][: shape[0]].clone()
+
+    def step(self, iteration, step, *shape):
+        return self.trace["step_noise"][step][: shape[0]].clone()

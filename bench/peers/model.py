@@ -248,6 +248,12 @@ def read_weights(path):
         return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
 
 
+def read_metadata(path):
+    """The configuration that a safetensors file's metadata carries."""
+    with safe_open(path, framework="pt") as f:
+        return json.loads((f.metadata() or {}).get("config", "{}"))
+
+
 def load_into(module, tensors, path, ignore=()):
     """Strict loading; ignore lists prefixes of tensors that the module does not use."""
     tensors = {k: v for k, v in tensors.items() if not k.startswith(tuple(ignore) or "\0")}

@@ -23,16 +23,33 @@ def respaced_timesteps(steps, max_timestep=TRAIN_STEPS - 1):
     return sorted(taken)
 
 
+def strided_timesteps(steps):
+    """The timesteps of "ddimN": every k-th, for the first integer k that gives exactly N of them."""
+    for stride in range(1, TRAIN_STEPS):
+        if len(range(0, TRAIN_STEPS, stride)) == steps:
+            return list(range(0, TRAIN_STEPS, stride))
+    raise ValueError(f"no integer stride over {TRAIN_STEPS} timesteps gives {steps} steps")
+
+
+def cosine_betas():
+    """MAR's noise schedule."""
+    def alpha_bar(t):
+        return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    return np.array([min(1 - alpha_bar((i + 1) / TRAIN_STEPS) / alpha_bar(i / TRAIN_STEPS), 0.999) for i in range(TRAIN_STEPS)])
+
+
+def linear_betas():
+    """DiT's noise schedule (Ho et al. 2020)."""
+    return np.linspace(0.0001, 0.02, TRAIN_STEPS)
+
+
 class Diffusion:
     """Tables of the respaced reverse process; each is indexed by the respaced step, 0 the last one taken."""
 
-    def __init__(self, steps, max_timestep=TRAIN_STEPS - 1):
-        def alpha_bar(t):
-            return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
-
-        full_betas = np.array([min(1 - alpha_bar((i + 1) / TRAIN_STEPS) / alpha_bar(i / TRAIN_STEPS), 0.999)
-                               for i in range(TRAIN_STEPS)])
-        self.timestep_map = respaced_timesteps(steps, max_timestep)
+    def __init__(self, steps, max_timestep=TRAIN_STEPS - 1, full_betas=None, timesteps=None):
+        full_betas = cosine_betas() if full_betas is None else full_betas
+        self.timestep_map = respaced_timesteps(steps, max_timestep) if timesteps is None else timesteps
         self.steps = len(self.timestep_map)
         acp = np.cumprod(1 - full_betas)[self.timestep_map]
         self.betas = 1 - acp / np.append(1.0, acp[:-1])
@@ -40,7 +57,7 @@ class Diffusion:
         acp = np.cumprod(alphas)
         prev = np.append(1.0, acp[:-1])
         self.log_betas = np.log(self.betas)
-        self.alphas_cumprod = acp
+        self.alphas_cumprod, self.alphas_cumprod_prev = acp, np.append(1.0, acp[:-1])
         self.sqrt_recip_alphas_cumprod = np.sqrt(1 / acp)
         self.sqrt_recipm1_alphas_cumprod = np.sqrt(1 / acp - 1)
         self.posterior_variance = self.betas * (1 - prev) / (1 - acp)
@@ -66,3 +83,11 @@ def cfg_scale(cfg, kind, seq_len, masked_after):
     if kind == "linear":
         return 1 + (cfg - 1) * (seq_len - max(1, masked_after)) / seq_len
     raise ValueError(f"unknown cfg_schedule {kind!r}")
+
+
+def joint_diffusion(respacing):
+    """DiT's process: "N" steps evenly spread, or "ddimN" at an integer stride."""
+    text = str(respacing)
+    ddim = text.startswith("ddim")
+    steps = int(text[4:] if ddim else text)
+    return Diffusion(steps, full_betas=linear_betas(), timesteps=strided_timesteps(steps) if ddim else None)

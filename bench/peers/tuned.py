@@ -42,7 +42,8 @@ class Packed:
         self.bias = bias.detach().to(dtype)
 
     def __call__(self, x, act="none"):
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, act, [], "none" if act == "gelu" else "")
+        name, _, algorithm = act.partition("_")
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, name, [], (algorithm or "none") if name == "gelu" else "")
 
     def add(self, x, other):
         return torch.ops.mkldnn._linear_pointwise.binary(x, other, self.weight, self.bias, "add")
@@ -51,7 +52,7 @@ class Packed:
 class Plain(Packed):
     """The same where oneDNN does not pack: cuBLAS and ATen take weights as they are."""
 
-    ACTIVATIONS = {"none": lambda x: x, "gelu": F.gelu, "swish": F.silu}
+    ACTIVATIONS = {"none": lambda x: x, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "swish": F.silu}
 
     def __init__(self, weight, bias, dtype):
         self.weight, self.bias = weight.detach().to(dtype).contiguous(), bias.detach().to(dtype)
