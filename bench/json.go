@@ -21,10 +21,14 @@ func (r Run) MarshalJSON() ([]byte, error) {
 	for name, v := range r.Parts {
 		parts[name] = finite(v)
 	}
+	if finite(r.Joules) == nil {
+		r.Joules = 0
+	}
 	return json.Marshal(struct {
 		Seconds *float64            `json:"seconds"`
 		Parts   map[string]*float64 `json:"parts"`
-	}{finite(r.Seconds), parts})
+		Joules  float64             `json:"joules,omitempty"`
+	}{finite(r.Seconds), parts, r.Joules})
 }
 
 // MarshalJSON writes a row with the figures that the table prints.

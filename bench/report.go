@@ -11,16 +11,48 @@ import (
 	"text/tabwriter"
 )
 
+// Kinds of model that are compared.
+const (
+	KindMAR       = "mar"       // masked or one by one, bidirectional
+	KindAR        = "ar"        // causal, with a KV cache
+	KindDiT       = "dit"       // joint diffusion
+	KindTokenizer = "tokenizer" // alone
+)
+
 // Case is a piece of work that several sides do.
 type Case struct {
 	Model     string  `json:"model"`
+	Kind      string  `json:"kind"`
 	DType     string  `json:"dtype"`
 	Batch     int     `json:"batch"`
-	Iters     int     `json:"iters"`
-	HeadSteps int     `json:"head_steps"`
+	Iters     int     `json:"iters"`                  // autoregressive iterations; of a DiT its reverse steps
+	HeadSteps int     `json:"head_steps"`             // diffusion steps for each token; 0 of a DiT
+	Steps     string  `json:"steps,omitempty"`        // of a DiT: the respacing
+	Sampler   string  `json:"sampler,omitempty"`      // of a DiT
+	Guided    string  `json:"cfg_channels,omitempty"` // of a DiT: what its guidance covers
 	CFG       float64 `json:"cfg"`
-	Part      string  `json:"part"` // "sample", or "decode" for the tokenizer alone
+	Pixels    int     `json:"pixels"` // height and width of an image
+	Part      string  `json:"part"`   // "sample", or "decode" for the tokenizer alone
 	Subset    int     `json:"subset"`
+}
+
+// Settings says in a word how much is done for an image: "64×100" iterations and
+// diffusion steps of the head, "250 ddpm" steps.
+func (c Case) Settings() string {
+	switch {
+	case c.Part == "decode":
+		return "decode"
+	case c.Kind == KindDiT:
+		return c.Steps + " " + c.Sampler
+	case c.HeadSteps == 0:
+		return fmt.Sprint(c.Iters)
+	}
+	return fmt.Sprintf("%d×%d", c.Iters, c.HeadSteps)
+}
+
+// label names a case in a line of text.
+func (c Case) label() string {
+	return fmt.Sprintf("%s %s %s batch %d", c.Model, c.Settings(), c.DType, c.Batch)
 }
 
 // Run is one repetition: seconds for the whole batch, by part. Where only a
@@ -28,6 +60,7 @@ type Case struct {
 type Run struct {
 	Seconds float64            `json:"seconds"`
 	Parts   map[string]float64 `json:"parts"`
+	Joules  float64            `json:"joules,omitempty"` // of the whole batch; 0: the machine does not tell
 }
 
 // Row is what one side achieved on one case.
@@ -70,14 +103,70 @@ func (r *Row) PartSeconds(part string) float64 {
 	return Median(v)
 }
 
+// Joules is the median energy of the batch; 0: not known.
+func (r *Row) Joules() float64 {
+	v := make([]float64, len(r.Runs))
+	for i, run := range r.Runs {
+		v[i] = run.Joules
+	}
+	return Median(v)
+}
+
 // Report is a whole benchmark.
 type Report struct {
 	Machine    Machine `json:"machine"`
 	Rows       []Row   `json:"rows"`
 	Incomplete string  `json:"incomplete,omitempty"` // why cases are missing
+	// Decoded: images were decoded too; else times are of latents.
+	Decoded     bool `json:"decoded"`
+	Interleaved bool `json:"interleaved"` // all cases took turns, not only the sides of one
+	// Notes are what else a reader must know.
+	Notes []string `json:"notes,omitempty"`
 }
 
-var parts = []string{"encoder", "decoder", "head", "tokenizer", "other"}
+// Add appends the rows of another report and notes where they come from, if not from
+// the same run.
+func (rep *Report) Add(other *Report) {
+	a, b := rep.Machine, other.Machine
+	for i := range other.Rows {
+		rep.Rows = append(rep.Rows, other.Rows[i])
+	}
+	rep.Interleaved = false
+	rep.Decoded = rep.Decoded || other.Decoded
+	if a.Command != b.Command || !a.Time.Equal(b.Time) || a.CPU != b.CPU || a.Device != b.Device || a.Commit != b.Commit {
+		rep.Notes = append(rep.Notes, fmt.Sprintf("some rows are of another run: %s, device %s, commit %s, %s: %s", b.CPU, b.Device, b.Commit, b.Time.Format("2006-01-02 15:04 MST"), b.Command))
+	}
+	rep.Notes = append(rep.Notes, other.Notes...)
+	if rep.Incomplete == "" {
+		rep.Incomplete = other.Incomplete
+	}
+}
+
+var parts = []string{"encoder", "decoder", "head", "denoiser", "tokenizer", "other"}
+
+// shown are the parts that any row spent time in.
+func (rep *Report) shown() []string {
+	var out []string
+	for _, p := range parts {
+		for i := range rep.Rows {
+			if rep.Rows[i].PartSeconds(p) > 0 {
+				out = append(out, p)
+				break
+			}
+		}
+	}
+	return out
+}
+
+// any reports whether a figure is known of some row.
+func (rep *Report) any(of func(*Row) float64) bool {
+	for i := range rep.Rows {
+		if of(&rep.Rows[i]) > 0 {
+			return true
+		}
+	}
+	return false
+}
 
 // Formats lists the names that Write knows.
 var Formats = []string{"table", "csv", "json", "benchstat"}
@@ -123,15 +212,26 @@ func (rep *Report) header(w io.Writer) {
 func (rep *Report) table(w io.Writer) error {
 	rep.header(w)
 	fmt.Fprintln(w)
+	shown, energy := rep.shown(), rep.any((*Row).Joules)
 	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.AlignRight)
-	fmt.Fprintln(tw, "model\tdtype\tbatch\tside\truns\ts/image\timages/s\tspread\tpeak share\tTFLOP/img\town TFLOP\tencoder s\tdecoder s\thead s\ttokenizer s\tother s\tmemory MiB\t")
+	fmt.Fprint(tw, "model\twork\tdtype\tbatch\tside\truns\ts/image\timages/s\tspread\tpeak share\tTFLOP/img\town TFLOP")
+	for _, p := range shown {
+		fmt.Fprintf(tw, "\t%s s", p)
+	}
+	if energy {
+		fmt.Fprint(tw, "\tJ/image")
+	}
+	fmt.Fprintln(tw, "\tmemory MiB\t")
 	for i := range rep.Rows {
 		r := &rep.Rows[i]
 		n := float64(r.Batch)
-		fmt.Fprintf(tw, "%s\t%s\t%d\t%s\t%d\t%.4g\t%.4g\t%s\t%s\t%.3g\t%s", r.Model, r.DType, r.Batch, r.Side, len(r.Runs),
+		fmt.Fprintf(tw, "%s\t%s\t%s\t%d\t%s\t%d\t%.4g\t%.4g\t%s\t%s\t%.3g\t%s", r.Model, r.Settings(), r.DType, r.Batch, r.Side, len(r.Runs),
 			r.Seconds()/n, r.ImagesPerSecond(), percent(Spread(r.seconds())), percent(r.PeakShare()), r.FLOPs/n/1e12, dash(r.OwnFLOPs/n/1e12))
-		for _, p := range parts {
+		for _, p := range shown {
 			fmt.Fprintf(tw, "\t%s", dash(r.PartSeconds(p)/n))
+		}
+		if energy {
+			fmt.Fprintf(tw, "\t%s", dash(r.Joules()/n))
 		}
 		fmt.Fprintf(tw, "\t%s\t\n", dash(float64(r.MemoryBytes)/(1<<20)))
 	}
@@ -185,48 +285,16 @@ func (rep *Report) ratios() []string {
 		}
 		sort.Float64s(q)
 		if len(q) > 0 {
-			out = append(out, fmt.Sprintf("%s %s batch %d %s: margo is %.2f times as fast as %s (%d pairs, %.2f to %.2f)",
-				r.Model, r.DType, r.Batch, r.Part, Median(q), r.Side, len(q), q[0], q[len(q)-1]))
+			out = append(out, fmt.Sprintf("%s: margo is %.2f times as fast as %s (%d pairs, %.2f to %.2f)",
+				r.label(), Median(q), r.Side, len(q), q[0], q[len(q)-1]))
 		}
 	}
-	return out
-}
-
-func (rep *Report) notes() []string {
-	var out []string
-	seen := map[string]bool{}
-	add := func(s string) {
-		if s != "" && !seen[s] {
-			seen[s] = true
-			out = append(out, s)
-		}
-	}
-	if rep.Incomplete != "" {
-		add("not everything was run: " + rep.Incomplete)
-	}
-	for i := range rep.Rows {
-		r := &rep.Rows[i]
-		switch {
-		case r.MemoryBytes > 0 && r.DeviceMemory:
-			add("memory is the most that margo held on the device during the case, weights included, the driver's own not")
-		case r.MemoryBytes > 0:
-			add("memory is the most that the process had resident during the case, program and weights included")
-		}
-		if r.RandomWeight {
-			add("weights are random: speed is that of trained ones, pictures are not")
-		}
-		if r.Subset > 0 && r.Subset < r.Iters {
-			add(fmt.Sprintf("%d of %d iterations were run (all head steps of each), the same on every side, and scaled to the whole", r.Subset, r.Iters))
-		}
-		add(r.Note)
-	}
-	add("peak share counts the FLOPs of the authors' algorithm for every side")
 	return out
 }
 
 func (rep *Report) csv(w io.Writer) error {
 	c := csv.NewWriter(w)
-	head := []string{"model", "part", "dtype", "batch", "iters", "head_steps", "cfg", "subset", "side", "runs", "seconds_per_image", "images_per_s", "spread", "peak_share", "flops_authors", "flops_own", "memory_bytes"}
+	head := []string{"model", "kind", "part", "dtype", "batch", "iters", "head_steps", "steps", "sampler", "cfg_channels", "cfg", "pixels", "subset", "side", "runs", "seconds_per_image", "images_per_s", "spread", "peak_share", "flops_authors", "flops_own", "memory_bytes", "joules_per_image"}
 	for _, p := range parts {
 		head = append(head, p+"_s")
 	}
@@ -246,8 +314,13 @@ func (rep *Report) csv(w io.Writer) error {
 		if r.MemoryBytes > 0 {
 			memory = fmt.Sprint(r.MemoryBytes)
 		}
-		rec := []string{r.Model, r.Part, r.DType, fmt.Sprint(r.Batch), fmt.Sprint(r.Iters), fmt.Sprint(r.HeadSteps), f(r.CFG), fmt.Sprint(r.Subset), r.Side, fmt.Sprint(len(r.Runs)),
-			f(r.Seconds() / float64(r.Batch)), f(r.ImagesPerSecond()), f(Spread(r.seconds())), f(r.PeakShare()), f(r.FLOPs), f(r.OwnFLOPs), memory}
+		joules := ""
+		if j := r.Joules(); j > 0 {
+			joules = f(j / float64(r.Batch))
+		}
+		rec := []string{r.Model, r.Kind, r.Part, r.DType, fmt.Sprint(r.Batch), fmt.Sprint(r.Iters), fmt.Sprint(r.HeadSteps), r.Steps, r.Sampler, r.Guided,
+			f(r.CFG), fmt.Sprint(r.Pixels), fmt.Sprint(r.Subset), r.Side, fmt.Sprint(len(r.Runs)),
+			f(r.Seconds() / float64(r.Batch)), f(r.ImagesPerSecond()), f(Spread(r.seconds())), f(r.PeakShare()), f(r.FLOPs), f(r.OwnFLOPs), memory, joules}
 		for _, p := range parts {
 			rec = append(rec, f(r.PartSeconds(p)/float64(r.Batch)))
 		}
@@ -266,8 +339,14 @@ func (rep *Report) benchstat(w io.Writer) {
 	fmt.Fprintf(w, "goos: %s\ncpu: %s\ncommit: %s\n", strings.ReplaceAll(m.OS, "/", "\ngoarch: "), m.CPU, m.Commit)
 	for i := range rep.Rows {
 		r := &rep.Rows[i]
-		name := fmt.Sprintf("Benchmark%s/model=%s/dtype=%s/batch=%d/iters=%d/steps=%d/cfg=%g/side=%s", strings.ToUpper(r.Part[:1])+r.Part[1:],
-			r.Model, r.DType, r.Batch, r.Iters, r.HeadSteps, r.CFG, strings.ReplaceAll(r.Side, " ", "-"))
+		// A slash separates names, and dit-xl/2 has one.
+		model := strings.ReplaceAll(r.Model, "/", "-")
+		work := fmt.Sprintf("iters=%d/steps=%d", r.Iters, r.HeadSteps)
+		if r.Kind == KindDiT {
+			work = fmt.Sprintf("steps=%s/sampler=%s", r.Steps, r.Sampler)
+		}
+		name := fmt.Sprintf("Benchmark%s/model=%s/dtype=%s/batch=%d/%s/cfg=%g/side=%s", strings.ToUpper(r.Part[:1])+r.Part[1:],
+			model, r.DType, r.Batch, work, r.CFG, strings.ReplaceAll(r.Side, " ", "-"))
 		for _, run := range r.Runs {
 			if finite(run.Seconds) == nil {
 				continue

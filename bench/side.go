@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"runtime/debug"
 	"time"
 
 	"margo/engine"
@@ -110,9 +109,12 @@ func (m *Margo) Close() error {
 func (m *Margo) request(c Case) sample.Request {
 	r := sample.Defaults()
 	r.Labels, r.N, r.Batch = m.Work.labels(c.Batch), c.Batch, c.Batch
+	if r.Only = only(c); c.Kind == KindDiT {
+		r.Steps, r.Sampler, r.CFGChannels, r.CFG = c.Steps, c.Sampler, c.Guided, c.CFG
+		return r
+	}
 	r.Iters, r.HeadSteps, r.MaxTimestep = c.Iters, c.HeadSteps, m.Work.MaxTimestep
 	r.CFG, r.CFGSchedule, r.Temperature = c.CFG, m.Work.CFGSchedule, m.Work.Temperature
-	r.Only = only(c)
 	return r
 }
 
@@ -135,7 +137,10 @@ func (m *Margo) Warm(ctx context.Context, c Case) error {
 		return err
 	}
 	r := m.request(c)
-	r.Only, r.HeadSteps = []int{c.Iters / 2, c.Iters - 1}, min(c.HeadSteps, 4)
+	r.Only = []int{c.Iters / 2, c.Iters - 1}
+	if r.HeadSteps = min(r.HeadSteps, 4); c.Kind == KindAR {
+		r.Only, r.HeadSteps = nil, min(r.HeadSteps, 1) // no token can be left out
+	}
 	return m.Engine.Run(ctx, r, nil, func(sample.Image) error { return nil })
 }
 
@@ -154,8 +159,8 @@ func (m *Margo) Run(ctx context.Context, c Case) (Run, error) {
 		p.Tokenizer = 0 // of a clock read twice
 	}
 	run := Run{Parts: map[string]float64{"encoder": p.Encoder.Seconds() * k, "decoder": p.Decoder.Seconds() * k,
-		"head": p.Head.Seconds() * k, "tokenizer": p.Tokenizer.Seconds()}}
-	looped := p.Encoder + p.Decoder + p.Head
+		"head": p.Head.Seconds() * k, "denoiser": p.Denoiser.Seconds() * k, "tokenizer": p.Tokenizer.Seconds()}}
+	looped := p.Encoder + p.Decoder + p.Head + p.Denoiser
 	run.Parts["other"] = total - looped.Seconds() - p.Tokenizer.Seconds()
 	run.Seconds = total + looped.Seconds()*(k-1)
 	return run, nil
@@ -187,10 +192,11 @@ func (m *Margo) decode(ctx context.Context, c Case) (Run, error) {
 
 // PyTorch is the peer of bench/peers in one of its modes.
 type PyTorch struct {
-	Mode string // "eager": the authors' operations one for one; "tuned": the best we could make of it
-	Work Work
-	peer *Peer
-	away bool // on a device with memory of its own, which the process's size does not show
+	Mode   string // "eager": the authors' operations one for one; "tuned": the best we could make of it
+	Work   Work
+	Device engine.Device // margo's name of where it computes, for its counter of energy
+	peer   *Peer
+	away   bool // on a device with memory of its own, which the process's size does not show
 }
 
 // FindPyTorch is the Python under root, margo's sources, that make peers has
@@ -240,9 +246,13 @@ func (p *PyTorch) request(cmd string, c Case) map[string]any {
 	if c.Part == "decode" {
 		return map[string]any{"cmd": "decode", "batch": c.Batch, "height": p.Work.Latent[0], "width": p.Work.Latent[1]}
 	}
-	r := map[string]any{"cmd": cmd, "batch": c.Batch, "labels": p.Work.labels(c.Batch), "iters": c.Iters, "head_steps": c.HeadSteps,
-		"cfg": c.CFG, "cfg_schedule": p.Work.CFGSchedule, "temperature": p.Work.Temperature, "max_timestep": p.Work.MaxTimestep,
-		"decode": p.Work.Decode, "seed": 0}
+	r := map[string]any{"cmd": cmd, "batch": c.Batch, "labels": p.Work.labels(c.Batch), "cfg": c.CFG, "decode": p.Work.Decode, "seed": 0}
+	if c.Kind == KindDiT {
+		r["steps"], r["sampler"], r["cfg_channels"] = c.Steps, c.Sampler, c.Guided
+	} else {
+		r["iters"], r["head_steps"], r["max_timestep"] = c.Iters, c.HeadSteps, p.Work.MaxTimestep
+		r["cfg_schedule"], r["temperature"] = p.Work.CFGSchedule, p.Work.Temperature
+	}
 	if v := only(c); v != nil {
 		r["subset"] = v
 	}
@@ -263,6 +273,7 @@ func (p *PyTorch) Run(ctx context.Context, c Case) (Run, error) {
 		Enc   float64 `json:"enc"`
 		Dec   float64 `json:"dec"`
 		Head  float64 `json:"head"`
+		Joint float64 `json:"denoiser"`
 		VAE   float64 `json:"vae"`
 	}
 	if err := p.peer.Call(ctx, p.request("run", c), &a, peerTimeout); err != nil {
@@ -272,46 +283,7 @@ func (p *PyTorch) Run(ctx context.Context, c Case) (Run, error) {
 		return Run{Seconds: a.Total, Parts: map[string]float64{"tokenizer": a.Total}}, nil
 	}
 	k := scale(c)
-	looped := a.Enc + a.Dec + a.Head
+	looped := a.Enc + a.Dec + a.Head + a.Joint
 	return Run{Seconds: a.Total + looped*(k-1), Parts: map[string]float64{"encoder": a.Enc * k, "decoder": a.Dec * k,
-		"head": a.Head * k, "tokenizer": a.VAE, "other": a.Total - looped - a.VAE}}, nil
-}
-
-// Compare warms every side up and lets them take turns, reps times. The order
-// within a turn alternates, so that no side always runs on a machine the other
-// has just heated. Rows are in the order of sides.
-func Compare(ctx context.Context, c Case, sides []Side, reps int, log func(string)) ([]Row, error) {
-	rows := make([]Row, len(sides))
-	memory := make([]memoryMeter, len(sides))
-	debug.FreeOSMemory() // what earlier cases left
-	for i, s := range sides {
-		log(fmt.Sprintf("%s %s batch %d: %s warms up", c.Model, c.DType, c.Batch, s.Name()))
-		memory[i] = meter(s)
-		memory[i].reset()
-		if err := s.Warm(ctx, c); err != nil {
-			return nil, fmt.Errorf("%s: %w", s.Name(), err)
-		}
-		rows[i] = Row{Case: c, Side: s.Name()}
-	}
-	for rep := range reps {
-		for j := range sides {
-			i := j
-			if rep%2 == 1 {
-				i = len(sides) - 1 - j
-			}
-			if err := ctx.Err(); err != nil {
-				return nil, engine.Errorf("bench", engine.Cancelled, "%w", err)
-			}
-			r, err := sides[i].Run(ctx, c)
-			if err != nil {
-				return nil, fmt.Errorf("%s: %w", sides[i].Name(), err)
-			}
-			log(fmt.Sprintf("%s %s batch %d: run %d of %d, %s: %.4g s/image", c.Model, c.DType, c.Batch, rep+1, reps, sides[i].Name(), r.Seconds/float64(c.Batch)))
-			rows[i].Runs = append(rows[i].Runs, r)
-		}
-	}
-	for i := range sides {
-		rows[i].MemoryBytes, rows[i].DeviceMemory = memory[i].peak()
-	}
-	return rows, nil
+		"head": a.Head * k, "denoiser": a.Joint * k, "tokenizer": a.VAE, "other": a.Total - looped - a.VAE}}, nil
 }

@@ -88,6 +88,16 @@ func readHealth(library, pci string) (*Health, error) {
 	return h, nil
 }
 
+// EnergyJoules is what the device has used since the driver was loaded; false where
+// NVML does not tell.
+func (d *Device) EnergyJoules() (float64, bool) {
+	h, err := d.Health()
+	if err != nil || h.Energy == nil {
+		return 0, false
+	}
+	return *h.Energy, true
+}
+
 // String is one line: what is known.
 func (h *Health) String() string {
 	parts := []string{"driver " + h.Driver}

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io"
 	"slices"
-	"strconv"
 	"strings"
 
 	"github.com/sirupsen/logrus"
@@ -14,8 +13,7 @@ import (
 	"margo/bench"
 	"margo/engine"
 	"margo/engine/atomicfile"
-	"margo/engine/checkpoint"
-	"margo/engine/mar"
+	"margo/engine/diffusion"
 	"margo/engine/sample"
 )
 
@@ -24,11 +22,13 @@ func benchCommand() *cli.Command {
 		Name:      "bench",
 		Usage:     "measure images per second, alone or against PyTorch",
 		UsageText: "margo bench [--model LIST] [--batch LIST] [--dtype LIST] [flags]",
-		Description: `Times how long margo takes to sample images, and prints a row for each combination of --model, --dtype and --batch: images per second, seconds by part of the model, memory, and how much of this machine's speed that is. No images are written. A row is the median of --reps runs; "spread" is the distance between the slowest and the fastest.
+		Description: `Times how long margo takes to sample images, and prints a row for each combination of --model, --dtype, --batch and the work asked for (--iters and --head-steps of a MAR, --steps of a DiT): images per second, seconds by part of the model, memory, energy where the machine tells, and how much of this machine's speed that is. No images are written. A row is the median of --reps runs; "spread" is the distance between the slowest and the fastest.
 
-A model is a file, or a name: mar-base, mar-large and mar-huge are the paper's models with random weights, which take as long as trained ones, so nothing need be downloaded; kl-16 is their tokenizer alone, which turns latents into pixels. Whole samples of the paper's models take minutes on a CPU: --subset 8 runs 8 of the iterations, evenly spread, and scales the time; the report says so.
+A model is a file, or a name, which gets random weights that take as long as trained ones: mar-base, mar-large and mar-huge are the paper's models; ar-raster-base, ar-random-base and so on its causal controls with a KV cache, each also with another head (mar-base-ce, -l2, -gmm); dit-s, dit-b, dit-l and dit-xl with /2, /4 or /8 the rival; kl-16 and kl-8 the tokenizers alone, which turn latents into pixels. Whole samples of the paper's models take minutes on a CPU: --subset 8 runs 8 of the iterations, or of a DiT's steps, evenly spread, and scales the time; the report says so. A causal model always runs whole.
 
 --against pytorch lets PyTorch do the same work, in turn with margo on the same threads: "eager" computes the authors' operations one for one, "tuned" is the fastest PyTorch that we could write. Run make peers once, in the folder of margo's sources, to install it. It reads safetensors files only; margo convert makes them.
+
+The sides of a case take turns; --interleave lets all cases do so, which compares models fairly on a machine whose speed changes, and holds all of them in memory. What makes models unequal is printed below the table.
 
 "peak share" is the speed reached over the fastest matrix product measured here, before the first case and after each. It counts the arithmetic of the authors' algorithm for every side, so work that margo avoids counts as done; "own TFLOP" is what margo really executes.
 
@@ -37,28 +37,36 @@ Measure on a machine that does nothing else. Ctrl-C stops, PyTorch too, and stil
 Examples:
   margo bench --subset 8
   margo bench --model mar-base --batch 1,4 --dtype f32,bf16 --subset 8 --against pytorch
+  margo bench --model mar-base,ar-raster-base,dit-xl/2 --steps 50,100,250 --subset 8 --interleave --plot speed.png
   margo bench --model models/fashion-mar.safetensors --batch 8,100 --reps 5 --decode
   margo bench --model mar-base.pth --heads 12 --which ema --subset 8
-  margo bench --model kl-16 --against pytorch --format json --out decode.json`,
+  margo bench --model kl-16 --against pytorch --format json --out decode.json
+  margo bench --from decode.json,mar.json --plot both.svg`,
 		Flags: slices.Concat([]cli.Flag{
-			&cli.StringFlag{Name: "model", Aliases: []string{"m"}, Category: "Model", Value: "mar-base", Usage: "`LIST`|of files (safetensors, .pth, .pt or .ckpt) and names: mar-base, mar-large, mar-huge, kl-16"},
-			&cli.StringFlag{Name: "tokenizer", Category: "Model", DefaultText: "the file that the model names, beside it; for a named model KL-16 with random weights", Usage: "`FILE`|the KL tokenizer's weights, for --decode"},
+			&cli.StringFlag{Name: "model", Aliases: []string{"m"}, Category: "Model", Value: "mar-base", Usage: "`LIST`|of files (safetensors, .pth, .pt or .ckpt) and names: mar-base, ar-raster-base, dit-xl/2, kl-16 and others"},
+			&cli.StringFlag{Name: "tokenizer", Category: "Model", DefaultText: "the file that the model names, beside it; for a named model KL-16 or KL-8 with random weights", Usage: "`FILE`|the KL tokenizer's weights, for --decode"},
 		}, shapeFlags(), []cli.Flag{
 			&cli.StringFlag{Name: "batch", Category: "Work", Value: "1", Usage: "`LIST`|of batch sizes: images sampled at a time"},
 			&cli.StringFlag{Name: "dtype", Category: "Work", Value: "f32", Usage: "`LIST`|of number formats to compute in: f32, bf16"},
-			&cli.IntFlag{Name: "iters", Category: "Work", DefaultText: "the model's, else 64", Usage: "`N`|autoregressive iterations, at least 1; the paper uses 64 to 256"},
-			&cli.IntFlag{Name: "head-steps", Category: "Work", DefaultText: "the model's, else 100", Usage: "`N`|diffusion steps for each token, 1 to 1000"},
+			&cli.StringFlag{Name: "iters", Category: "Work", DefaultText: "the model's, else 64", Usage: "`LIST`|of autoregressive iterations of a MAR, at least 1; the paper uses 64 to 256"},
+			&cli.StringFlag{Name: "head-steps", Category: "Work", DefaultText: "the model's, else 100", Usage: "`LIST`|of diffusion steps for each token of a MAR or AR, 1 to 1000"},
+			&cli.StringFlag{Name: "steps", Category: "Work", DefaultText: "the model's, else 250", Usage: "`LIST`|of reverse steps of a DiT: counts, 2 to 1000, or ddimN"},
+			&cli.StringFlag{Name: "sampler", Category: "Work", DefaultText: "the model's, else ddpm", Usage: "`NAME`|of a DiT: ddpm or ddim; takes the same time"},
+			&cli.StringFlag{Name: "cfg-channels", Category: "Work", DefaultText: "the model's, else 3", Usage: "`WHICH`|latent channels that a DiT's guidance covers: 3, as the authors', or all, as diffusers'"},
 			&cli.IntFlag{Name: "max-timestep", Category: "Work", DefaultText: "the model's, else 999", Usage: "`T`|largest diffusion timestep, 0 to 999; does not change the speed"},
-			&cli.Float64Flag{Name: "cfg", Category: "Work", DefaultText: "the model's; 3 for a named model", Usage: "`S`|classifier-free guidance scale; 1 is off and about twice as fast, other values take the same time"},
+			&cli.Float64Flag{Name: "cfg", Category: "Work", DefaultText: "the model's; 3 for a named MAR or AR, 1.5 for a named DiT", Usage: "`S`|classifier-free guidance scale; 1 is off and about twice as fast, other values take the same time"},
 			&cli.StringFlag{Name: "cfg-schedule", Category: "Work", DefaultText: "the model's, else linear", Usage: "`KIND`|linear or constant; does not change the speed"},
 			&cli.BoolFlag{Name: "decode", Category: "Work", Usage: "turn the latents into pixels too, and time that as \"tokenizer\""},
-			&cli.IntFlag{Name: "subset", Category: "Work", DefaultText: "all", Usage: "run `N`|of the iterations, evenly spread, and scale (take at least 8 for figures that you quote)"},
+			&cli.IntFlag{Name: "subset", Category: "Work", DefaultText: "all", Usage: "run `N`|of the iterations or of a DiT's steps, evenly spread, and scale (take at least 8 for figures that you quote)"},
 			&cli.IntFlag{Name: "reps", Category: "Work", Value: 3, Usage: "`N`|measured runs of each side, after one to warm up"},
 
 			&cli.StringFlag{Name: "against", Category: "Comparison", DefaultText: "margo alone", Usage: "`PEERS`|to compare with: pytorch (both modes), pytorch-eager, pytorch-tuned"},
 			&cli.StringFlag{Name: "peers", Category: "Comparison", Value: ".", Usage: "`DIR`|of margo's sources, where make peers was run"},
+			&cli.BoolFlag{Name: "interleave", Category: "Comparison", Usage: "let all cases take turns, not only the sides of one; all models are in memory at once"},
 			deviceFlag(),
 			threadsFlag(),
+			&cli.StringFlag{Name: "from", Category: "Output", DefaultText: "measure", Usage: "measure nothing: write or plot the reports in `FILES`|(a list) that --format json made"},
+			&cli.StringFlag{Name: "plot", Category: "Output", DefaultText: "none", Usage: "also draw seconds per image against work into `FILE`|, .png or .svg"},
 			&cli.StringFlag{Name: "format", Category: "Output", Value: "table", Usage: "`FORMAT`|table; csv or json with all figures (json with every run); benchstat for Go's tool of that name"},
 			&cli.StringFlag{Name: "out", Aliases: []string{"o"}, Category: "Output", DefaultText: "standard output", Usage: "write the report to `FILE`|(complete or not at all)"},
 		}),
@@ -68,13 +76,16 @@ Examples:
 
 // benchJob is a bench command whose flags were found possible.
 type benchJob struct {
-	c       *cli.Context
-	log     *logrus.Logger
-	dev     engine.Device
-	modes   []string // of PyTorch
-	batches []int
-	dtypes  []engine.DType
-	report  *bench.Report
+	c         *cli.Context
+	log       *logrus.Logger
+	dev       engine.Device
+	modes     []string // of PyTorch
+	batches   []int
+	dtypes    []engine.DType
+	iters     []int    // nil: the model's
+	headSteps []int    // nil: the model's
+	steps     []string // nil: the model's
+	report    *bench.Report
 }
 
 func runBench(c *cli.Context) error {
@@ -88,10 +99,15 @@ func runBench(c *cli.Context) error {
 			return failf("%w", err)
 		}
 	}
-	if c.IsSet("out") {
-		if err := checkWritable(c.String("out")); err != nil {
-			return err
+	for _, f := range []string{"out", "plot"} {
+		if c.IsSet(f) {
+			if err := checkWritable(c.String(f)); err != nil {
+				return err
+			}
 		}
+	}
+	if c.IsSet("from") {
+		return j.fromFiles()
 	}
 	var subjects []*subject
 	for _, name := range strings.Split(c.String("model"), ",") {
@@ -101,11 +117,14 @@ func runBench(c *cli.Context) error {
 		}
 		subjects = append(subjects, s)
 	}
+	if err := j.needed(subjects); err != nil {
+		return err
+	}
 	if j.dev, err = openDevice(c.String("device"), c.Int("threads")); err != nil {
 		return err
 	}
 	defer j.dev.Close()
-	j.report = &bench.Report{Machine: bench.ThisMachine()}
+	j.report = &bench.Report{Machine: bench.ThisMachine(), Decoded: c.Bool("decode"), Interleaved: c.Bool("interleave")}
 	j.measure()
 	j.health("before")
 	failed := j.all(subjects)
@@ -121,7 +140,7 @@ func readBenchFlags(c *cli.Context) (*benchJob, error) {
 	for _, f := range []struct {
 		name      string
 		low, high int
-	}{{"iters", 1, 1 << 20}, {"head-steps", 1, 1000}, {"max-timestep", 0, 999}, {"subset", 1, 1 << 20}, {"reps", 1, 1000}, {"threads", 1, 4096}} {
+	}{{"max-timestep", 0, 999}, {"subset", 1, 1 << 20}, {"reps", 1, 1000}, {"threads", 1, 4096}} {
 		if err := inRange(c, f.name, f.low, f.high); err != nil {
 			return nil, err
 		}
@@ -137,8 +156,20 @@ func readBenchFlags(c *cli.Context) (*benchJob, error) {
 			return nil, err
 		}
 	}
-	if c.IsSet("out") && c.String("out") == "" {
-		return nil, usagef("--out is empty; name a file")
+	for name, allowed := range map[string][]string{"sampler": {sample.DDPM, sample.DDIM}, "cfg-channels": {sample.GuideThree, sample.GuideAll}} {
+		if c.IsSet(name) {
+			if err := oneOf(c, name, allowed...); err != nil {
+				return nil, err
+			}
+		}
+	}
+	for _, name := range []string{"out", "plot", "from"} {
+		if c.IsSet(name) && c.String(name) == "" {
+			return nil, usagef("--%s is empty; name a file", name)
+		}
+	}
+	if end := plotFormat(c); c.IsSet("plot") && !slices.Contains(bench.PlotFormats, end) {
+		return nil, usagef("--plot: %s does not end in .png or .svg", c.String("plot"))
 	}
 	if c.IsSet("tokenizer") && !c.Bool("decode") {
 		return nil, usagef("--tokenizer is used with --decode only")
@@ -153,12 +184,21 @@ func readBenchFlags(c *cli.Context) (*benchJob, error) {
 	default:
 		return nil, usagef("--against: %q is not a peer; use pytorch, pytorch-eager or pytorch-tuned", against)
 	}
-	for _, s := range strings.Split(c.String("batch"), ",") {
-		n, err := strconv.Atoi(strings.TrimSpace(s))
-		if err != nil || n < 1 || n > 1<<16 {
-			return nil, usagef("--batch: %q is not a batch size, 1 to 65536", s)
+	var err error
+	if j.batches, err = intList(c, "batch", "a batch size", 1, 1<<16); err != nil {
+		return nil, err
+	}
+	if j.iters, err = intList(c, "iters", "a number of iterations", 1, 1<<20); err != nil {
+		return nil, err
+	}
+	if j.headSteps, err = intList(c, "head-steps", "a number of diffusion steps", 1, 1000); err != nil {
+		return nil, err
+	}
+	for _, s := range list(c.String("steps")) {
+		if _, err := diffusion.DiT(s); err != nil {
+			return nil, usagef("--steps: %q is neither a count, 2 to 1000, nor ddimN: %w", s, err)
 		}
-		j.batches = append(j.batches, n)
+		j.steps = append(j.steps, s)
 	}
 	for _, s := range strings.Split(c.String("dtype"), ",") {
 		d, err := engine.ParseDType(strings.TrimSpace(s))
@@ -168,18 +208,6 @@ func readBenchFlags(c *cli.Context) (*benchJob, error) {
 		j.dtypes = append(j.dtypes, d)
 	}
 	return j, nil
-}
-
-// all runs every case; what is complete is in the report, whatever happens.
-func (j *benchJob) all(subjects []*subject) error {
-	for _, s := range subjects {
-		for _, d := range j.dtypes {
-			if err := j.model(s, d); err != nil {
-				return err
-			}
-		}
-	}
-	return nil
 }
 
 // finish writes the report, unless nothing was measured, and returns why the
@@ -210,15 +238,23 @@ func (j *benchJob) finish(failed error) error {
 	return err
 }
 
+// write prints the report and draws the plot.
 func (j *benchJob) write() error {
 	format := j.c.String("format")
-	if !j.c.IsSet("out") {
-		return j.report.Write(j.c.App.Writer, format)
+	file := func(name string, fill func(io.Writer) error) error {
+		// Also after Ctrl-C: not with the command's context.
+		return asFailure(atomicfile.Write(context.Background(), j.c.String(name), fill))
 	}
-	// Also after Ctrl-C: not with the command's context.
-	return asFailure(atomicfile.Write(context.Background(), j.c.String("out"), func(w io.Writer) error {
-		return j.report.Write(w, format)
-	}))
+	var err error
+	if j.c.IsSet("out") {
+		err = file("out", func(w io.Writer) error { return j.report.Write(w, format) })
+	} else {
+		err = j.report.Write(j.c.App.Writer, format)
+	}
+	if err == nil && j.c.IsSet("plot") {
+		err = file("plot", func(w io.Writer) error { return j.report.Plot(w, plotFormat(j.c)) })
+	}
+	return err
 }
 
 // measure takes the machine's peaks, before the first case and after each one,
@@ -242,93 +278,4 @@ func (j *benchJob) health(when string) {
 	if line := healthOf(j.dev); line != "" {
 		j.report.Machine.Health = append(j.report.Machine.Health, when+": "+line)
 	}
-}
-
-func (j *benchJob) model(s *subject, d engine.DType) error {
-	own, err := j.margo(s, d)
-	if err != nil {
-		return err
-	}
-	sides := []bench.Side{own}
-	defer func() {
-		for _, side := range sides {
-			side.Close()
-		}
-	}()
-	for _, mode := range j.modes {
-		load := map[string]any{"dtype": d.String(), "threads": j.dev.Info().Threads, "device": peerDevice(j.dev.Name())}
-		for k, v := range s.peer {
-			load[k] = v
-		}
-		j.log.Infof("starting PyTorch (%s) for %s %s", mode, s.name, d)
-		p, err := bench.StartPyTorch(j.c.Context, j.c.String("peers"), mode, s.work, load)
-		if err != nil {
-			return failf("%w", err)
-		}
-		sides = append(sides, p)
-	}
-	for _, batch := range j.batches {
-		if err := j.run(s, d, batch, own, sides); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// peerDevice is PyTorch's name of the device that a margo device runs on.
-func peerDevice(name string) string {
-	if strings.HasPrefix(name, "cuda:") {
-		return name
-	}
-	return "cpu"
-}
-
-func (j *benchJob) run(s *subject, d engine.DType, batch int, own *bench.Margo, sides []bench.Side) error {
-	cs := bench.Case{Model: s.name, DType: d.String(), Batch: batch, Part: "sample", Subset: j.c.Int("subset")}
-	if s.kind == checkpoint.KindKL {
-		cs.Part, cs.Subset = "decode", 0
-	} else {
-		p := s.info.Sampling
-		cs.Iters, cs.HeadSteps, cs.CFG = p.Iters, p.HeadSteps, p.CFG
-		for cs.Subset > 0 && cs.Subset < cs.Iters && cs.Iters%cs.Subset != 0 {
-			cs.Subset++ // strata of equal size, so that one factor scales all
-		}
-		cs.Subset = min(cs.Subset, cs.Iters)
-	}
-	if err := own.Reopen(); err != nil {
-		return err
-	}
-	flops, ownFLOPs, err := j.flops(s, cs, own)
-	if err != nil {
-		return err
-	}
-	rows, err := bench.Compare(j.c.Context, cs, sides, j.c.Int("reps"), func(m string) { j.log.Info(m) })
-	if err != nil {
-		return err
-	}
-	j.measure()
-	for i := range rows {
-		rows[i].FLOPs, rows[i].RandomWeight = flops, s.random
-		if rows[i].Side == "margo" {
-			rows[i].OwnFLOPs = ownFLOPs
-		}
-	}
-	j.report.Rows = append(j.report.Rows, rows...)
-	return nil
-}
-
-// flops counts the authors' algorithm and margo's own work for a whole batch.
-func (j *benchJob) flops(s *subject, cs bench.Case, own *bench.Margo) (authors, ours float64, err error) {
-	n := float64(cs.Batch)
-	if s.kind == checkpoint.KindKL {
-		f, err := bench.DecodeFLOPs(s.kl, own.Work.Latent[0], own.Work.Latent[1])
-		return f * n, f * n, err
-	}
-	authors = mar.CountFLOPs(s.info.MAR, cs.Iters, cs.HeadSteps, cs.CFG != 1).Total() * n
-	if ours, err = own.OwnFLOPs(cs); err != nil || own.Tok == nil {
-		return authors, ours, err
-	}
-	side := s.info.MAR.ImgSize / s.kl.Stride()
-	f, err := bench.DecodeFLOPs(s.kl, side, side)
-	return authors + f*n, ours, err
 }

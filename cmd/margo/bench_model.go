@@ -2,13 +2,13 @@ package main
 
 import (
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"margo/bench"
 	"margo/engine"
 	"margo/engine/checkpoint"
 	"margo/engine/load"
-	"margo/engine/mar"
 	"margo/engine/sample"
 	"margo/engine/tokenizer"
 )
@@ -16,9 +16,9 @@ import (
 // subject is a model as all sides load it.
 type subject struct {
 	name   string
-	kind   string
+	kind   string // bench.KindMAR and so on
 	random bool
-	info   *checkpoint.Model
+	info   *checkpoint.Model // nil of a tokenizer alone
 	kl     *checkpoint.KLConfig
 	path   string // of the weights; "" for random ones
 	open   checkpoint.OpenOptions
@@ -27,60 +27,95 @@ type subject struct {
 	peer   map[string]any // the peers' load command
 }
 
+// namesText lists what --model takes beside files.
+func namesText() string {
+	return strings.Join(append(checkpoint.MARNames(), checkpoint.VariantNames()...), ", ") + " (each also with -ce, -l2 or -gmm), " +
+		strings.Join(checkpoint.DiTNames(), ", ") + ", kl-16, kl-8"
+}
+
+// namedSubject is a configuration with random weights and the settings of the paper;
+// nil if there is none of that name.
+func namedSubject(name string) (*subject, error) {
+	s := &subject{name: name, random: true, peer: map[string]any{}}
+	switch {
+	case name == "kl-16" || name == "kl-8":
+		if s.kind, s.kl = bench.KindTokenizer, checkpoint.KL16(); name == "kl-8" {
+			s.kl = checkpoint.KL8()
+		}
+		side := s.kl.Resolution / s.kl.Stride()
+		s.work = bench.Work{Latent: [3]int{side, side, s.kl.EmbedDim}}
+		s.peer["tokenizer"] = map[string]any{"config": s.kl}
+		return s, nil
+	case checkpoint.Named(name):
+		cfg, err := checkpoint.NamedMAR(name)
+		if err != nil {
+			return nil, err
+		}
+		s.info = &checkpoint.Model{Kind: checkpoint.KindMAR, MAR: cfg, Sampling: checkpoint.Sampling{Iters: 64, HeadSteps: 100, MaxTimestep: 999, CFG: 3, CFGSchedule: sample.Linear, Temperature: 1}}
+		if cfg.HeadKind() == checkpoint.GMMHead {
+			s.info.Sampling.CFG = 1
+		}
+		if s.kl = checkpoint.KL16(); cfg.Discrete() {
+			s.kl = nil
+		}
+		return s, nil
+	case slices.Contains(checkpoint.DiTNames(), name):
+		cfg, err := checkpoint.NamedDiT(name)
+		if err != nil {
+			return nil, err
+		}
+		s.info = &checkpoint.Model{Kind: checkpoint.KindDiT, DiT: cfg, Sampling: checkpoint.DiTSampling()}
+		s.info.Sampling.CFG = 1.5 // of the paper's DiT-XL/2-G
+		s.kl = checkpoint.KL8()
+		return s, nil
+	}
+	return nil, nil
+}
+
 // subject finds out what a name of --model means and whether all sides can take
 // it.
 func (j *benchJob) subject(name string) (*subject, error) {
-	if name == "kl-16" {
-		kl := checkpoint.KL16()
-		return &subject{name: name, kind: checkpoint.KindKL, random: true, kl: kl, work: bench.Work{Latent: [3]int{16, 16, kl.EmbedDim}},
-			peer: map[string]any{"tokenizer": map[string]any{"config": kl}}}, nil
-	}
 	if name == "" {
-		return nil, usagef("--model has an empty item; name files, or %s, kl-16", strings.Join(append(checkpoint.MARNames(), checkpoint.VariantNames()...), ", "))
+		return nil, usagef("--model has an empty item; name files, or %s", namesText())
 	}
 	shape, open, err := shapeOptions(j.c)
 	if err != nil {
 		return nil, err
 	}
-	s := &subject{name: name, kind: checkpoint.KindMAR, open: open, peer: map[string]any{}}
-	if checkpoint.Named(name) {
+	s, err := namedSubject(name)
+	switch {
+	case err != nil:
+		return nil, err
+	case s != nil:
 		for _, f := range shapeFlags() {
 			if flag := f.Names()[0]; j.c.IsSet(flag) {
 				return nil, usagef("%s is about a file, and %s is a name: leave it out", dashed(flag), name)
 			}
 		}
-		cfg, err := checkpoint.NamedMAR(name)
-		if err != nil {
-			return nil, err
+		if s.kind == bench.KindTokenizer {
+			return s, nil
 		}
-		s.random = true
-		s.info = &checkpoint.Model{Kind: checkpoint.KindMAR, MAR: cfg, Sampling: checkpoint.Sampling{Iters: 64, HeadSteps: 100, MaxTimestep: 999, CFG: 3, CFGSchedule: sample.Linear, Temperature: 1}}
-		s.kl = checkpoint.KL16()
-		if cfg.IsCausal() {
-			s.info.Sampling.Iters = cfg.Tokens()
-		}
-		if cfg.HeadKind() == checkpoint.GMMHead {
-			s.info.Sampling.CFG = 1
-		}
-		if cfg.Discrete() {
-			s.kl = nil
-		}
-	} else {
+	default:
 		f, info, err := openModel(name, shape, open)
 		if err != nil {
-			if !exists(name) && filepath.Base(name) == name && filepath.Ext(name) == "" {
-				return nil, usagef("--model: %q is neither a file nor one of %s, kl-16", name, strings.Join(append(checkpoint.MARNames(), checkpoint.VariantNames()...), ", "))
+			if !exists(name) && filepath.Ext(name) == "" {
+				return nil, usagef("--model: %q is neither a file nor one of %s", name, namesText())
 			}
 			return nil, err
 		}
 		defer f.Close()
-		if info.Kind != checkpoint.KindMAR {
-			return nil, usagef("--model: %s holds a model of kind %s, and bench measures MARs and kl-16", name, info.Kind)
-		}
 		if err := j.peersRead(f); err != nil {
 			return nil, err
 		}
-		s.info, s.path, s.name = info, name, strings.TrimSuffix(filepath.Base(name), filepath.Ext(name))
+		s = &subject{name: strings.TrimSuffix(filepath.Base(name), filepath.Ext(name)), info: info, path: name, open: open, peer: map[string]any{}}
+	}
+	switch {
+	case s.info.Kind == checkpoint.KindDiT:
+		s.kind = bench.KindDiT
+	case s.info.MAR.IsCausal():
+		s.kind = bench.KindAR
+	default:
+		s.kind = bench.KindMAR
 	}
 	if j.c.Bool("decode") && (!s.random || j.c.IsSet("tokenizer")) {
 		if s.tok, err = openTokenizer(j.c.String("tokenizer"), name, s.info, j.log); err != nil {
@@ -96,36 +131,15 @@ func (j *benchJob) subject(name string) (*subject, error) {
 			}
 		}
 	}
-	p := &s.info.Sampling
-	for _, f := range []struct {
-		name string
-		at   *int
-	}{{"iters", &p.Iters}, {"head-steps", &p.HeadSteps}, {"max-timestep", &p.MaxTimestep}} {
-		if j.c.IsSet(f.name) {
-			*f.at = j.c.Int(f.name)
-		}
+	if s.kind == bench.KindDiT {
+		err = j.ditWork(s)
+	} else {
+		err = j.marWork(s)
 	}
-	if j.c.IsSet("cfg") {
-		p.CFG = j.c.Float64("cfg")
+	if err != nil {
+		return nil, err
 	}
-	if j.c.IsSet("cfg-schedule") {
-		p.CFGSchedule = j.c.String("cfg-schedule")
-	}
-	if p.HeadSteps > p.MaxTimestep+1 {
-		return nil, usagef("%d head steps don't fit into timesteps 0 to %d: lower --head-steps or raise --max-timestep", p.HeadSteps, p.MaxTimestep)
-	}
-	if m := s.info.MAR; m.IsCausal() && p.Iters != m.Tokens() {
-		return nil, usagef("%s predicts one token at a time: leave out --iters, or give %d", name, m.Tokens())
-	} else if m.IsCausal() && j.c.IsSet("subset") {
-		return nil, usagef("%s: each token sees the cache of all before it, so --subset cannot leave any out", name)
-	} else if len(j.modes) > 0 && (m.IsCausal() || m.HeadKind() != checkpoint.DiffusionHead) {
-		return nil, usagef("%s: --against has MAR with the diffusion head only", name)
-	}
-	if n := s.info.MAR.Tokens(); len(j.modes) > 0 && p.Iters > n {
-		return nil, usagef("%s has %d tokens, PyTorch cannot sample them in %d iterations: lower --iters", name, n, p.Iters)
-	}
-	s.work = bench.Work{MaxTimestep: p.MaxTimestep, CFGSchedule: p.CFGSchedule, Temperature: p.Temperature, Classes: s.info.MAR.ClassNum, Decode: j.c.Bool("decode") && s.kl != nil}
-	s.peer["config"] = s.info.MAR
+	s.work.Decode = j.c.Bool("decode") && s.kl != nil
 	if s.path != "" {
 		s.peer["weights"] = s.path
 	}
@@ -137,6 +151,58 @@ func (j *benchJob) subject(name string) (*subject, error) {
 		s.peer["tokenizer"] = t
 	}
 	return s, nil
+}
+
+// marWork checks and takes over the settings of a MAR or AR.
+func (j *benchJob) marWork(s *subject) error {
+	p, m := &s.info.Sampling, s.info.MAR
+	if j.c.IsSet("max-timestep") {
+		p.MaxTimestep = j.c.Int("max-timestep")
+	}
+	if j.c.IsSet("cfg") {
+		p.CFG = j.c.Float64("cfg")
+	}
+	if j.c.IsSet("cfg-schedule") {
+		p.CFGSchedule = j.c.String("cfg-schedule")
+	}
+	for _, n := range orDefault(j.headSteps, p.HeadSteps) {
+		if n > p.MaxTimestep+1 {
+			return usagef("%d head steps don't fit into timesteps 0 to %d: lower --head-steps or raise --max-timestep", n, p.MaxTimestep)
+		}
+	}
+	if len(j.modes) > 0 && m.HeadKind() != checkpoint.DiffusionHead {
+		return usagef("%s: --against has the diffusion head only", s.name)
+	}
+	for _, n := range orDefault(j.iters, p.Iters) {
+		if n > m.Tokens() && len(j.modes) > 0 && s.kind == bench.KindMAR {
+			return usagef("%s has %d tokens, PyTorch cannot sample them in %d iterations: lower --iters", s.name, m.Tokens(), n)
+		}
+	}
+	s.work.MaxTimestep, s.work.CFGSchedule, s.work.Temperature, s.work.Classes = p.MaxTimestep, p.CFGSchedule, p.Temperature, m.ClassNum
+	s.peer["config"] = m
+	return nil
+}
+
+// ditWork checks and takes over the settings of a DiT.
+func (j *benchJob) ditWork(s *subject) error {
+	p := &s.info.Sampling
+	if j.c.IsSet("sampler") {
+		p.Sampler = j.c.String("sampler")
+	}
+	if j.c.IsSet("cfg-channels") {
+		p.CFGChannels = j.c.String("cfg-channels")
+	}
+	if j.c.IsSet("cfg") {
+		p.CFG = j.c.Float64("cfg")
+	}
+	for _, steps := range orDefault(j.steps, p.Steps) {
+		if len(j.modes) > 0 && strings.Contains(steps, ",") {
+			return usagef("%s: --against has evenly spread steps and ddimN, not sections %s", s.name, steps)
+		}
+	}
+	s.work.Classes, s.work.Temperature = s.info.DiT.NumClasses, 1
+	s.peer["config"] = s.info.DiT
+	return nil
 }
 
 // peersRead refuses, before any work, a file that --against cannot load.
@@ -170,7 +236,7 @@ func (j *benchJob) margo(s *subject, d engine.DType) (*bench.Margo, error) {
 	}
 	var tok tokenizer.Tokenizer
 	scale := 1.0
-	if s.kl != nil && (s.kind == checkpoint.KindKL || s.work.Decode) {
+	if s.kl != nil && (s.kind == bench.KindTokenizer || s.work.Decode) {
 		k, err := tokenizer.New(s.kl, 1, false)
 		if err != nil {
 			return nil, err
@@ -184,22 +250,22 @@ func (j *benchJob) margo(s *subject, d engine.DType) (*bench.Margo, error) {
 		}
 		tok = k
 	}
-	if own.Tok = tok; s.kind == checkpoint.KindKL {
+	if own.Tok = tok; s.kind == bench.KindTokenizer {
 		return own, nil
 	}
-	m, err := mar.New(s.info.MAR)
+	g, err := newGenerator(s.info)
 	if err != nil {
 		return nil, err
 	}
-	if err := fill(engine.Params(m), s.path, s.open, s.info.Ignorable); err != nil {
+	if err := fill(g.params, s.path, s.open, s.info.Ignorable); err != nil {
 		return nil, err
 	}
 	o := sample.Options{Compute: d, LatentScale: scale, Profile: true}
 	own.Open = func() (*sample.Engine, error) {
 		if tok == nil { // not a nil in an interface
-			return sample.Open(m, nil, j.dev, o)
+			return g.open(nil, j.dev, o)
 		}
-		return sample.Open(m, tok, j.dev, o)
+		return g.open(tok, j.dev, o)
 	}
 	return own, own.Reopen()
 }

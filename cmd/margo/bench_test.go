@@ -69,6 +69,20 @@ func TestBenchRefuses(t *testing.T) {
 		{[]string{"bench", "--model", "mar-bse"}, 2, "neither a file nor one of mar-base"},
 		{[]string{"bench", "--model", "mar-base,"}, 2, "empty item"},
 		{[]string{"bench", "--model", "mar-base", "--heads", "4"}, 2, "--heads is about a file"},
+		{quickBench("--head-steps", "2,0"), 2, `"0" is not a number of diffusion steps`},
+		{quickBench("--iters", ""), 2, "--iters is empty"},
+		{quickBench("--steps", "50"), 2, "--steps is for a DiT"},
+		{quickBench("--sampler", "euler"), 2, "--sampler"},
+		{quickBench("--plot", "speed.gif"), 2, "does not end in .png or .svg"},
+		{quickBench("--plot", filepath.Join(dir, "no", "such", "x.png")), 1, "there is no folder"},
+		{quickBench("--from", "x.json"), 2, "--model is about measuring"},
+		{[]string{"bench", "--from", "x.json"}, 3, "no such file"},
+		{[]string{"bench", "--from", fashionKL}, 3, "is not a report"},
+		{[]string{"bench", "--model", "dit-xl/3"}, 2, "dit-xl/2"},
+		{[]string{"bench", "--model", "dit-s/8", "--steps", "1"}, 2, `--steps: "1"`},
+		{[]string{"bench", "--model", "dit-s/8", "--iters", "3"}, 2, "--iters is for a MAR"},
+		{[]string{"bench", "--model", "dit-s/8", "--heads", "3"}, 2, "--heads is about a file"},
+		{[]string{"bench", "--model", "mar-base-l2", "--against", "pytorch", "--peers", peers}, 2, "the diffusion head only"},
 		{[]string{"bench", "--model", fashionKL}, 3, "holds a tokenizer, not a MAR"},
 		{[]string{"bench", "--model", tinyPTH}, 2, "--heads"},
 		{[]string{"bench", "--model", goldens + "mar_kl8.safetensors", "--decode", "--iters", "2", "--against", "pytorch", "--peers", peers}, 2, "has the names of diffusers"},
@@ -138,5 +152,68 @@ func TestBenchInterrupted(t *testing.T) {
 	}
 	if r := readReport(t, text); len(r.Rows) != 2 || r.Rows[1].Batch != 1 || r.Incomplete != "interrupted" {
 		t.Errorf("%s", text)
+	}
+}
+
+// The whole comparison: MAR, DiT and AR in one run, taking turns, at several settings,
+// with a plot; then the same report from its file.
+func TestBenchRivals(t *testing.T) {
+	dir := t.TempDir()
+	report, plot := filepath.Join(dir, "r.json"), filepath.Join(dir, "r.png")
+	ok(t, "bench", "--model", fashion+","+goldens+"dit_tiny.safetensors", "--iters", "4,8", "--head-steps", "2", "--steps", "4,ddim10", "--sampler", "ddim",
+		"--subset", "2", "--reps", "2", "--interleave", "--dtype", "f32,bf16", "--format", "json", "--out", report, "--plot", plot)
+	text, err := os.ReadFile(report)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := readReport(t, text)
+	if len(r.Rows) != 8 || !r.Interleaved {
+		t.Fatalf("%d rows, interleaved %v", len(r.Rows), r.Interleaved)
+	}
+	for i, want := range []string{"4×2", "8×2", "4×2", "8×2", "4 ddim", "ddim10 ddim", "4 ddim", "ddim10 ddim"} {
+		row := &r.Rows[i]
+		part := "head"
+		if i > 3 {
+			part = "denoiser"
+		}
+		if row.Settings() != want || row.Subset != 2 || len(row.Runs) != 2 || row.PartSeconds(part) <= 0 || row.FLOPs <= 0 || row.OwnFLOPs <= 0 || row.MemoryBytes != 0 {
+			t.Errorf("row %d, want %s: %+v", i, want, row)
+		}
+	}
+	if r.Rows[5].Iters != 10 || r.Rows[4].Guided != "3" || r.Rows[4].Sampler != "ddim" {
+		t.Errorf("%+v", r.Rows[5])
+	}
+	if b, err := os.ReadFile(plot); err != nil || !strings.HasPrefix(string(b), "\x89PNG") {
+		t.Errorf("the plot: %v", err)
+	}
+	out := ok(t, "bench", "--from", report+","+report)
+	if strings.Count(out, "ddim10") < 4 || !strings.Contains(out, "not at equal FID") {
+		t.Errorf("from the file:\n%s", out)
+	}
+}
+
+// PyTorch is asked for a DiT's steps, not for a MAR's iterations.
+func TestBenchDiTAgainst(t *testing.T) {
+	peers := fakePeers(t)
+	log := filepath.Join(peers, "requests")
+	script := "#!/bin/sh\nwhile read -r line; do echo \"$line\" >>" + log + "; echo '{\"seconds_total\": 2, \"denoiser\": 1.5}'; done\n"
+	if err := os.WriteFile(filepath.Join(peers, ".peers/bin/python"), []byte(script), 0o777); err != nil {
+		t.Fatal(err)
+	}
+	r := readReport(t, []byte(ok(t, "bench", "--model", goldens+"dit_tiny.safetensors", "--steps", "8", "--subset", "4", "--cfg", "2", "--reps", "1", "--against", "pytorch-eager", "--peers", peers, "--format", "json")))
+	if len(r.Rows) != 2 || r.Rows[1].Runs[0].Seconds != 3.5 || r.Rows[1].Runs[0].Parts["denoiser"] != 3 {
+		t.Errorf("%+v", r.Rows)
+	}
+	b, err := os.ReadFile(log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{`"hidden_size":64`, `"steps":"8"`, `"sampler":"ddpm"`, `"cfg_channels":"3"`, `"subset":[0,2,4,6]`, `"cfg":2`} {
+		if !strings.Contains(string(b), want) {
+			t.Errorf("no %s in %s", want, b)
+		}
+	}
+	if strings.Contains(string(b), "head_steps") {
+		t.Errorf("a DiT has no head: %s", b)
 	}
 }

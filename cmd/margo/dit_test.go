@@ -65,7 +65,6 @@ func TestDiTFlags(t *testing.T) {
 		{"--steps", append(joint(), "--steps", "ten")},
 		{"--steps", append(joint(), "--steps", "1")},
 		{"outside the model's classes 0 to 9", joint("--classes", "10")},
-		{"holds a model of kind dit, and bench", []string{"bench", "--model", ditTiny}},
 		{"channels at stride 2, the model", []string{"sample", "--model", ditTiny, "--tokenizer", vaeTiny}},
 	} {
 		code, _, stderr := margo(append(c.args, "--out", out)...)

@@ -46,6 +46,13 @@ func KL16() *KLConfig {
 		ZChannels: 16, EmbedDim: 16, EncoderAttn: []int{4}, DecoderAttn: []int{}, Resolution: 256}
 }
 
+// KL8 is the tokenizer of the published DiTs, sd-vae-ft-mse and -ema: stride 8, 4
+// channels (LDM's kl-f8).
+func KL8() *KLConfig {
+	return &KLConfig{Ch: 128, ChMult: []int{1, 2, 4, 4}, NumResBlocks: 2, InChannels: 3, OutChannels: 3,
+		ZChannels: 4, EmbedDim: 4, EncoderAttn: []int{}, DecoderAttn: []int{}, Resolution: 256}
+}
+
 // Stride is the pixels for each latent position, per side.
 func (c *KLConfig) Stride() int { return 1 << (len(c.ChMult) - 1) }
 

@@ -1,0 +1,84 @@
+package bench
+
+import (
+	"context"
+	"fmt"
+	"runtime/debug"
+
+	"margo/engine"
+)
+
+// Unit is a case with the sides that do it.
+type Unit struct {
+	Case  Case
+	Sides []Side
+}
+
+// Compare warms every side up and lets them take turns, reps times: the sides of a
+// unit, and the units too. The order within a turn alternates, so that no side always
+// runs on a machine that another has just heated. Rows are in the order of units and
+// sides.
+func Compare(ctx context.Context, units []Unit, reps int, log func(string)) ([]Row, error) {
+	type turn struct {
+		unit   Unit
+		side   Side
+		row    *Row
+		memory memoryMeter
+		joules energy
+	}
+	debug.FreeOSMemory() // what earlier cases left
+	var turns []turn
+	total := 0
+	for _, u := range units {
+		total += len(u.Sides)
+	}
+	rows := make([]Row, 0, total)
+	for _, u := range units {
+		for _, s := range u.Sides {
+			log(fmt.Sprintf("%s: %s warms up", u.Case.label(), s.Name()))
+			m := meter(s)
+			m.reset()
+			if err := s.Warm(ctx, u.Case); err != nil {
+				return nil, fmt.Errorf("%s: %w", s.Name(), err)
+			}
+			rows = append(rows, Row{Case: u.Case, Side: s.Name()})
+			turns = append(turns, turn{u, s, &rows[len(rows)-1], m, energyOf(deviceOf(s))})
+		}
+	}
+	for rep := range reps {
+		for j := range turns {
+			t := turns[j]
+			if rep%2 == 1 {
+				t = turns[len(turns)-1-j]
+			}
+			if err := ctx.Err(); err != nil {
+				return nil, engine.Errorf("bench", engine.Cancelled, "%w", err)
+			}
+			used := t.joules.start()
+			r, err := t.side.Run(ctx, t.unit.Case)
+			if err != nil {
+				return nil, fmt.Errorf("%s: %w", t.side.Name(), err)
+			}
+			r.Joules = used() * scale(t.unit.Case)
+			log(fmt.Sprintf("%s: run %d of %d, %s: %.4g s/image", t.unit.Case.label(), rep+1, reps, t.side.Name(), r.Seconds/float64(t.unit.Case.Batch)))
+			t.row.Runs = append(t.row.Runs, r)
+		}
+	}
+	if len(units) == 1 { // of several, each holds the others' memory too
+		for _, t := range turns {
+			t.row.MemoryBytes, t.row.DeviceMemory = t.memory.peak()
+		}
+	}
+	return rows, nil
+}
+
+// deviceOf is the device that a side computes on, nil if it is not known.
+func deviceOf(s Side) engine.Device {
+	switch s := s.(type) {
+	case *Margo:
+		return s.Device
+	case *PyTorch:
+		return s.Device
+	}
+	return nil
+}
