@@ -39,7 +39,7 @@ func Compare(ctx context.Context, units []Unit, reps int, log func(string)) ([]R
 			m := meter(s)
 			m.reset()
 			if err := s.Warm(ctx, u.Case); err != nil {
-				return nil, fmt.Errorf("%s: %w", s.Name(), err)
+				return nil, named(s, err)
 			}
 			rows = append(rows, Row{Case: u.Case, Side: s.Name()})
 			turns = append(turns, turn{u, s, &rows[len(rows)-1], m, energyOf(deviceOf(s))})
@@ -57,7 +57,7 @@ func Compare(ctx context.Context, units []Unit, reps int, log func(string)) ([]R
 			used := t.joules.start()
 			r, err := t.side.Run(ctx, t.unit.Case)
 			if err != nil {
-				return nil, fmt.Errorf("%s: %w", t.side.Name(), err)
+				return nil, named(t.side, err)
 			}
 			r.Joules = used() * scale(t.unit.Case)
 			log(fmt.Sprintf("%s: run %d of %d, %s: %.4g s/image", t.unit.Case.label(), rep+1, reps, t.side.Name(), r.Seconds/float64(t.unit.Case.Batch)))
@@ -70,6 +70,14 @@ func Compare(ctx context.Context, units []Unit, reps int, log func(string)) ([]R
 		}
 	}
 	return rows, nil
+}
+
+// named says which side failed, unless it is margo itself.
+func named(s Side, err error) error {
+	if _, ok := s.(*Margo); ok {
+		return err
+	}
+	return fmt.Errorf("%s: %w", s.Name(), err)
 }
 
 // deviceOf is the device that a side computes on, nil if it is not known.

@@ -139,7 +139,7 @@ func (m *Margo) Warm(ctx context.Context, c Case) error {
 	r := m.request(c)
 	r.Only = []int{c.Iters / 2, c.Iters - 1}
 	if r.HeadSteps = min(r.HeadSteps, 4); c.Kind == KindAR {
-		r.Only, r.HeadSteps = nil, min(r.HeadSteps, 1) // no token can be left out
+		r.Only, r.HeadSteps = nil, min(r.HeadSteps, 2) // no token can be left out
 	}
 	return m.Engine.Run(ctx, r, nil, func(sample.Image) error { return nil })
 }

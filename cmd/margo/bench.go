@@ -49,7 +49,7 @@ Examples:
 			&cli.StringFlag{Name: "batch", Category: "Work", Value: "1", Usage: "`LIST`|of batch sizes: images sampled at a time"},
 			&cli.StringFlag{Name: "dtype", Category: "Work", Value: "f32", Usage: "`LIST`|of number formats to compute in: f32, bf16"},
 			&cli.StringFlag{Name: "iters", Category: "Work", DefaultText: "the model's, else 64", Usage: "`LIST`|of autoregressive iterations of a MAR, at least 1; the paper uses 64 to 256"},
-			&cli.StringFlag{Name: "head-steps", Category: "Work", DefaultText: "the model's, else 100", Usage: "`LIST`|of diffusion steps for each token of a MAR or AR, 1 to 1000"},
+			&cli.StringFlag{Name: "head-steps", Category: "Work", DefaultText: "the model's, else 100", Usage: "`LIST`|of diffusion steps for each token of a MAR or AR, 2 to 1000"},
 			&cli.StringFlag{Name: "steps", Category: "Work", DefaultText: "the model's, else 250", Usage: "`LIST`|of reverse steps of a DiT: counts, 2 to 1000, or ddimN"},
 			&cli.StringFlag{Name: "sampler", Category: "Work", DefaultText: "the model's, else ddpm", Usage: "`NAME`|of a DiT: ddpm or ddim; takes the same time"},
 			&cli.StringFlag{Name: "cfg-channels", Category: "Work", DefaultText: "the model's, else 3", Usage: "`WHICH`|latent channels that a DiT's guidance covers: 3, as the authors', or all, as diffusers'"},
@@ -191,7 +191,7 @@ func readBenchFlags(c *cli.Context) (*benchJob, error) {
 	if j.iters, err = intList(c, "iters", "a number of iterations", 1, 1<<20); err != nil {
 		return nil, err
 	}
-	if j.headSteps, err = intList(c, "head-steps", "a number of diffusion steps", 1, 1000); err != nil {
+	if j.headSteps, err = intList(c, "head-steps", "a number of diffusion steps", 2, 1000); err != nil {
 		return nil, err
 	}
 	for _, s := range list(c.String("steps")) {

@@ -134,21 +134,24 @@ func (t *ditTask) sample(w *run, tell func(iter int)) *engine.Tensor {
 	}
 	embedded := m.Time(c, times)
 	w.clock.lap(c, nil)
-	chunk := max(1, modulationBytes/(m.ModulationBytes()*len(t.classes)))
-	for from := 0; from < len(t.coef) && c.Err() == nil; from += chunk {
-		to := min(from+chunk, len(t.coef))
+	var wanted []int // the steps that are run
+	for k := range t.coef {
+		if len(w.r.Only) == 0 || slices.Contains(w.r.Only, k) {
+			wanted = append(wanted, k)
+		}
+	}
+	for part := range slices.Chunk(wanted, max(1, modulationBytes/(m.ModulationBytes()*len(t.classes)))) {
+		if c.Err() != nil {
+			break
+		}
 		c.Scoped(func() {
-			var mods *engine.Tensor
-			for k := from; k < to && !c.Poll(); k++ {
-				if len(w.r.Only) > 0 && !slices.Contains(w.r.Only, k) {
-					tell(k + 1)
-					continue
-				}
-				if mods == nil { // none of the chunk's steps may be wanted
-					mods = t.modulations(c, embedded, from, to)
+			mods := t.modulations(c, embedded, part)
+			for i, k := range part {
+				if c.Poll() {
+					return
 				}
 				c.Scoped(func() {
-					t.denoise(w, x, t.rows(c, mods, k-from), out)
+					t.denoise(w, x, t.rows(c, mods, i), out)
 					switch {
 					case t.coef[k].Last:
 					case given != nil:
@@ -176,10 +179,10 @@ func (t *ditTask) sample(w *run, tell func(iter int)) *engine.Tensor {
 	return x
 }
 
-// modulations of every class at steps from … to-1: row (step − from)·classes + class.
-func (t *ditTask) modulations(c *engine.Ctx, embedded *engine.Tensor, from, to int) *engine.Tensor {
+// modulations of every class at some steps: row i·classes + class of the i-th.
+func (t *ditTask) modulations(c *engine.Ctx, embedded *engine.Tensor, steps []int) *engine.Tensor {
 	var times, classes []int
-	for k := from; k < to; k++ {
+	for _, k := range steps {
 		for _, class := range t.classes {
 			times, classes = append(times, k), append(classes, class)
 		}
