@@ -75,6 +75,12 @@ peers: ## install the pinned PyTorch that `margo bench --against pytorch` runs
 	@.ci/setup peers
 	@bench/peers/setup.sh
 
+.PHONY: results
+results: build ## measure MAR, AR and DiT side by side into docs/results (about 20 minutes; on a quiet machine)
+	$(BIN) bench --model mar-base,mar-large,dit-xl/2,ar-raster-base --steps 50,100,250 --subset 8 --reps 3 --interleave \
+		--format json --out docs/results/comparison.json --plot docs/results/comparison.png
+	$(BIN) bench --from docs/results/comparison.json --out docs/results/comparison.txt
+
 .PHONY: goldens
 goldens: peers ## make the tokenizers' golden files with diffusers, taming and LDM (pinned)
 	@bench/goldens/setup.sh

@@ -260,13 +260,19 @@ func (d *description) print(w io.Writer) {
 		switch {
 		case m.MAR != nil:
 			c := m.MAR
-			line("kind", "mar: masked autoregressive model with a diffusion head")
+			what := "mar: masked autoregressive model"
+			if c.IsCausal() {
+				what = "mar: causal autoregressive model, one stack with a KV cache"
+			}
+			line("kind", "%s, %s head", what, c.HeadKind())
 			line("images", "%d×%d pixels, %d classes", c.ImgSize, c.ImgSize, c.ClassNum)
 			line("tokens", "%d×%d of %d channels (tokenizer stride %d, patch %d), buffer %d", c.Grid(), c.Grid(), c.TokenDim(), c.VAEStride, c.PatchSize, c.BufferSize)
 			if c.IsCausal() {
 				line("attention", "causal, trained in %s order", c.TrainedOrder())
 			}
-			line("encoder", "%d blocks, width %d, %d heads", c.EncoderDepth, c.EncoderEmbedDim, c.EncoderNumHeads)
+			if !c.IsCausal() {
+				line("encoder", "%d blocks, width %d, %d heads", c.EncoderDepth, c.EncoderEmbedDim, c.EncoderNumHeads)
+			}
 			line("decoder", "%d blocks, width %d, %d heads", c.DecoderDepth, c.DecoderEmbedDim, c.DecoderNumHeads)
 			switch c.HeadKind() {
 			case checkpoint.DiffusionHead:

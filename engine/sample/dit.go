@@ -30,6 +30,10 @@ func (f ditFamily) check(r *Request) error {
 		return invalid("guidance of channels %q; there are %q and %q", r.CFGChannels, GuideThree, GuideAll)
 	case r.Known != nil:
 		return invalid("a DiT samples whole images: nothing can be kept")
+	case r.Order != "":
+		return invalid("%s order, but a DiT denoises all tokens at once: it has none", r.Order)
+	case r.TopK > 0 || r.TopP > 0 && r.TopP < 1 || r.CodeSampler != "":
+		return invalid("top-k, top-p or a sampler of codes, which a DiT does not have")
 	}
 	steps, err := f.steps(r)
 	if err != nil {
