@@ -387,9 +387,6 @@ func (j *job) resolveDraw(c *cli.Context, m *checkpoint.MARConfig) error {
 	j.draw = codeDraw{order: c.String("order"), choice: c.Float64("choice-temperature")}
 	if m.Discrete() {
 		j.draw.sampler, j.draw.topK, j.draw.topP = c.String("code-sampler"), c.Int("top-k"), c.Float64("top-p")
-		if c.IsSet("image") {
-			return usagef("--image: this model's tokens are codes, and images are completed with continuous tokens only")
-		}
 		return nil
 	}
 	for _, name := range []string{"top-k", "top-p", "code-sampler"} {

@@ -48,7 +48,7 @@ func readKnownImage(c *cli.Context, cfg *checkpoint.MARConfig) (*knownImage, err
 }
 
 // encode turns the pixels into tokens: the mean of the tokenizer's posterior,
-// scaled as the model expects.
+// scaled as the model expects, or its nearest codes where tokens are codes.
 func (k *knownImage) encode(ctx context.Context, dev engine.Device, tok tokenizer.Tokenizer, cfg *checkpoint.MARConfig, d engine.DType) (known *sample.Known, err error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
@@ -67,6 +67,14 @@ func (k *knownImage) encode(ctx context.Context, dev engine.Device, tok tokenize
 		return nil, c.Err()
 	}
 	z := c.F32(p.Mean, 1, p.H, p.W, p.C)
+	if cfg.Discrete() {
+		vq, ok := tok.(*tokenizer.VQ)
+		if !ok { // openScaled has seen a codebook
+			return nil, engine.Errorf("known image", engine.Internal, "tokens are codes and the tokenizer has none")
+		}
+		codes := vq.Nearest(c, z)
+		return &sample.Known{Codes: codes, Unknown: k.unknown}, c.Err()
+	}
 	tokens := c.Download(tokenizer.Tokens(c, z, cfg.PatchSize, tok.LatentScale()))
 	if c.Err() != nil {
 		return nil, c.Err()

@@ -167,18 +167,7 @@ func TestInpaint(t *testing.T) {
 	dir := t.TempDir()
 	source, mask, out := filepath.Join(dir, "s.png"), filepath.Join(dir, "m.png"), filepath.Join(dir, "o")
 	ok(t, "sample", "--model", fashion, "--iters", "12", "--head-steps", "25", "--classes", "trouser", "-n", "1", "--seed", "1", "--quiet", "-o", source)
-	m := image.NewGray(image.Rect(0, 0, 28, 28))
-	for i := range m.Pix {
-		if i/28 >= 20 { // the two lower rows of tokens
-			m.Pix[i] = 255
-		}
-	}
-	f, err := os.Create(mask)
-	if err != nil {
-		t.Fatal(err)
-	}
-	png.Encode(f, m)
-	f.Close()
+	writeMask(t, mask, 28, 20) // the two lower rows of tokens
 	code, _, msg := margo("sample", "--model", fashion, "--iters", "4", "--head-steps", "25", "--classes", "trouser", "-n", "2", "--image", source, "--mask", mask, "-o", out)
 	if code != 0 || !strings.Contains(msg, "filling 14 of 49 tokens") {
 		t.Fatalf("exit %d: %s", code, msg)
@@ -213,6 +202,23 @@ func TestInpaint(t *testing.T) {
 	p, q, r := pixels(t, filepath.Join(dir, "p.png")), pixels(t, filepath.Join(dir, "q.png")), pixels(t, filepath.Join(dir, "r.png"))
 	if !bytes.Equal(p.Pix, q.Pix) || !bytes.Equal(p.Pix, r.Pix) {
 		t.Error("an image that is masked completely has an influence")
+	}
+}
+
+// writeMask makes a mask that is white from row from on.
+func writeMask(t *testing.T, path string, side, from int) {
+	t.Helper()
+	m := image.NewGray(image.Rect(0, 0, side, side))
+	for i := from * side; i < len(m.Pix); i++ {
+		m.Pix[i] = 255
+	}
+	f, err := os.Create(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := png.Encode(f, m); err != nil {
+		t.Fatal(err)
 	}
 }
 
