@@ -82,7 +82,7 @@ results: build ## measure MAR, AR and DiT side by side into docs/results (about 
 	$(BIN) bench --from docs/results/comparison.json --out docs/results/comparison.txt
 
 .PHONY: goldens
-goldens: peers ## make the tokenizers' golden files with diffusers, taming and LDM (pinned)
+goldens: peers ## make the golden files of diffusers, taming and LDM (pinned)
 	@bench/goldens/setup.sh
 	@PYTHONPATH=.goldens HF_HUB_OFFLINE=1 .peers/bin/python bench/goldens/make.py testdata/goldens
 

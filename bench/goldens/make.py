@@ -1,5 +1,5 @@
-"""Makes the tokenizer goldens of testdata/goldens: tiny autoencoders with random weights in the layouts that margo
-reads, and what the libraries they come from compute with them.
+"""Makes the goldens of testdata/goldens that other libraries compute: tiny autoencoders, and a DiT, with random weights
+in the layouts that margo reads, and what the libraries they come from compute with them.
 
     python make.py OUT [NAME…]
 
@@ -14,6 +14,7 @@ Traces hold NCHW float32 tensors, as `margo verify` reads them:
     z, decoded_z; mean, decoded_mode                            decoding, KL
     z, decoded_z; codes [N,h,w], decoded_codes                  decoding, VQ: z goes through the codebook first
     tokens [N,L,C·p·p], decoded_tokens                          decoding what a MAR makes (metadata patch_size, latent_scale)
+    x, t, y, t_embed, out                                       a DiT's forward pass
     orders, iterI.init_noise, iterI.step_noise                  the draws that a MAR made the tokens of
 """
 
@@ -297,6 +298,25 @@ def make_vq_ldm(w):
     state = {k: v for k, v in model.state_dict().items() if not k.startswith("loss.")}
     w.weights("vq_ldm.safetensors", state)
     w.trace("vq_ldm_io.safetensors", vq_trace(model, 70, 1, 16, 24))
+
+
+def make_dit_diffusers(w):
+    """diffusers' DiT, which margo reads by translating names. Three things of the library are made the authors': the
+    slowest frequency of the timestep embedding (downscale_freq_shift 0, not 1), the second norm's eps (1e-6, not 1e-5), and
+    the embedders, of which every block has a copy, are the first block's everywhere."""
+    from diffusers import DiTTransformer2DModel
+    model = randomize(DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=24, in_channels=4, out_channels=8,
+                                            num_layers=3, sample_size=8, patch_size=2, num_embeds_ada_norm=10, norm_eps=1e-6), 8)
+    first = model.transformer_blocks[0].norm1.emb
+    for block in model.transformer_blocks:
+        block.norm1.emb.load_state_dict(first.state_dict())
+        block.norm1.emb.time_proj.downscale_freq_shift = 0
+    config = dict(input_size=8, patch_size=2, in_channels=4, hidden_size=48, depth=3, num_heads=2, mlp_ratio=4.0, num_classes=10)
+    w.weights("dit_diffusers.safetensors", model.state_dict(), {"config": json.dumps(config)})
+    x, t, y = drawn(80, 4, 4, 8, 8), torch.tensor([999, 500, 20, 0]), torch.tensor([3, 10, 0, 9])
+    out = model(x, timestep=t, class_labels=y).sample
+    embedded = first.timestep_embedder(first.time_proj(t))
+    w.trace("dit_diffusers_io.safetensors", dict(x=x, t=t, y=y, out=out, t_embed=embedded))
 
 
 def main():

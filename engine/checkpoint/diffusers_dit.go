@@ -49,8 +49,9 @@ var ditBlock = regexp.MustCompile(`^transformer_blocks\.(\d{1,4})\.(.+)\.(weight
 // diffusers keeps a copy of both embedders in every block, and nothing that says they
 // are the same: sameEmbedders compares them. Its timestep embedding divides by 127 where
 // the authors' divides by 128 (embeddings.py CombinedTimestepLabelEmbeddings,
-// downscale_freq_shift 1); margo computes the authors', which the published weights
-// were trained with.
+// downscale_freq_shift 1), and its second norm has an eps of 1e-5 (norm_eps) where the
+// authors' has 1e-6; margo computes the authors', which the published weights were
+// trained with.
 func (f *File) translateDiT() error {
 	if f.tensors[ditSign] == nil || f.tensors[ditSign2] == nil {
 		return nil
