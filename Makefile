@@ -91,6 +91,14 @@ emu: ## build bin/libmargo_emu.so: the CUDA kernels run and checked on the host
 	@mkdir -p bin
 	@$(MAKE) --no-print-directory -s -C kernels/emu OUT=$(CURDIR)/bin
 
+.PHONY: emu-check emu-asan emu-tsan
+emu-check: ## test ./cuda on the emulator with its checker of races and bounds (long)
+	@.ci/sanitize check
+emu-asan: ## the same with AddressSanitizer and UBSan
+	@.ci/sanitize address
+emu-tsan: ## the same with ThreadSanitizer
+	@.ci/sanitize thread
+
 .PHONY: clean
 clean: ## remove what was built
 	rm -rf bin .build $(DEMO)

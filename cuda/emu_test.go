@@ -63,23 +63,6 @@ var mutants = []struct {
 	{"streams", 3, `^wrong result$`, `^wrong result$`}, // a memset that nothing waits for
 }
 
-// buildMutants builds the program with kernels/emu/Makefile; san is "" or "check".
-func buildMutants(t *testing.T, san string) string {
-	t.Helper()
-	out, err := filepath.Abs(filepath.Join("..", "bin"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if text, err := exec.Command("make", "-s", "-C", filepath.Join("..", "kernels", "emu"), "OUT="+out, "SAN="+san, "mutants").CombinedOutput(); err != nil {
-		t.Fatalf("building mutants: %v\n%s", err, text)
-	}
-	dir := "emu"
-	if san != "" {
-		dir += "-" + san
-	}
-	return filepath.Join(out, dir, "mutants")
-}
-
 // runMutants runs the program and returns how each kernel and bug ended.
 func runMutants(t *testing.T, program string, env ...string) map[string]string {
 	t.Helper()
@@ -100,7 +83,7 @@ func runMutants(t *testing.T, program string, env ...string) map[string]string {
 // TestMutants: every seeded bug is found, and nothing is found where there is none.
 func TestMutants(t *testing.T) {
 	for _, san := range []string{"", "check"} {
-		program := buildMutants(t, san)
+		program := buildEmu(t, san, "mutants")
 		for seed := range 4 { // 0: the fixed order
 			t.Run(filepath.Base(filepath.Dir(program))+"/seed "+strconv.Itoa(seed), func(t *testing.T) {
 				report := filepath.Join(t.TempDir(), "report")
