@@ -120,7 +120,7 @@ func (d *Device) Info() engine.Info {
 		now = d.info
 	}
 	i := engine.Info{Name: d.name, Model: C.GoString(&now.name[0]), Arch: C.GoString(&now.arch[0]), Threads: int(now.sm_count),
-		MemTotal: int64(now.mem_total), MemFree: int64(now.mem_free), WorkingSet: workingSet,
+		MemTotal: int64(now.mem_total), MemFree: int64(now.mem_free), WorkingSet: workingSet, OwnMemory: true,
 		Truncates: now.emulated == 0}
 	d.mu.Lock()
 	i.PeakF32, i.PeakBF16, i.PeakMemory = d.peaks[0], d.peaks[1], d.peaks[2]

@@ -208,7 +208,10 @@ func (s *Stream) HeadSteps(a engine.HeadStepsArgs) error {
 	if err := s.dev.status(engine.OpHeadSteps, C.m_head_workspace(s.dev.p.api, s.dev.ctx, &x, C.uint64_t(budget), &bytes)); err != nil {
 		return err
 	}
-	if x.workspace, err = s.workspace(engine.OpHeadSteps, bytes); err != nil {
+	// Growing waits for the device, and graphs of steps hold the workspace's address. A
+	// cosine schedule of 64 iterations predicts 1 token first and 7 at last, with guidance
+	// each of them twice: the first call takes what the last will need.
+	if x.workspace, err = s.workspace(engine.OpHeadSteps, max(bytes, min(C.uint64_t(budget), 16*bytes))); err != nil {
 		return err
 	}
 	x.workspace_bytes = bytes

@@ -92,8 +92,8 @@ func TestSampleStaysOnDevice(t *testing.T) {
 			if fewer.Syncs != c.Syncs || fewer.CopiesOut != c.CopiesOut || fewer.BytesOut != c.BytesOut {
 				t.Errorf("6 iterations wait %d times and copy out %d times, 3 do so %d and %d times", c.Syncs, c.CopiesOut, fewer.Syncs, fewer.CopiesOut)
 			}
-			if c.Syncs != 0 || c.CopiesOut != 1 {
-				t.Errorf("the host waits %d times and copies out %d times, want only to read the tokens", c.Syncs, c.CopiesOut)
+			if c.Syncs != 0 || c.CopiesOut != 1 || c.CopiesIn != 1 {
+				t.Errorf("the host waits %d times, copies in %d times and out %d times; want what it knows in one copy, and then only to read the tokens", c.Syncs, c.CopiesIn, c.CopiesOut)
 			}
 			if alone, _ := runSampler(t, d, e, 1, 6); !slices.Equal(alone[0], first[0]) {
 				t.Error("an image depends on the batch")

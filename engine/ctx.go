@@ -17,7 +17,9 @@ type Ctx struct {
 	Arena   *Arena
 	Compute DType   // dtype of GEMM and attention operands: F32 or BF16
 	Cancel  *uint32 // non-zero asks to stop; may be nil
-	err     error
+	// Constants are recorded by F32 and I32, or taken from what was; nil: neither.
+	Constants *Constants
+	err       error
 }
 
 // NewCtx makes a context on a new stream of d.
@@ -89,17 +91,29 @@ func (c *Ctx) Scoped(f func()) {
 	c.Arena.Release(m)
 }
 
-// F32 takes a tensor and fills it with v.
+// F32 takes a tensor and fills it with v. It is not for what a kernel writes to
+// (see Constants).
 func (c *Ctx) F32(v []float32, shape ...int) *Tensor {
+	if volume(shape...) == len(v) {
+		if t := c.constant(F32, bytesOf(v), shape); t != nil {
+			return t
+		}
+	}
 	t := c.New(F32, shape...)
 	c.Upload(t, v)
 	return t
 }
 
-// I32 takes an index tensor of len(v) elements and fills it.
+// I32 takes an index tensor of len(v) elements and fills it. It is not for what a
+// kernel writes to (see Constants).
 func (c *Ctx) I32(v []int32, shape ...int) *Tensor {
 	if len(shape) == 0 {
 		shape = []int{len(v)}
+	}
+	if volume(shape...) == len(v) {
+		if t := c.constant(I32, bytesOf(v), shape); t != nil {
+			return t
+		}
 	}
 	t := c.New(I32, shape...)
 	if c.err == nil && len(v) > 0 {

@@ -16,6 +16,7 @@ type Info struct {
 	PeakMemory float64 // bytes/s
 	Truncates  bool    // sums of BF16 products are truncated, not rounded to nearest, as tensor cores do
 	WorkingSet int64   // bytes of activations that the device is best given at a time; 0: no preference
+	OwnMemory  bool    // what the host gives is copied to the device: few large copies are better than many small ones
 }
 
 // Device owns memory and makes streams. Its methods may be called from any

@@ -107,7 +107,7 @@ func (e *Engine) Run(ctx context.Context, r Request, progress func(Progress), si
 	if err := r.validate(e.model); err != nil {
 		return err
 	}
-	est, err := e.estimate(&r)
+	est, err := e.estimate(&r, 0)
 	if err != nil {
 		return err
 	}
@@ -130,11 +130,23 @@ func (e *Engine) Run(ctx context.Context, r Request, progress func(Progress), si
 	w := e.newRun(&r, c)
 	w.clock.on = e.opt.Profile
 	p := newMeter(progress, start, &r, est)
+	constants := est.constants
 	for done := 0; done < r.N; {
 		n := min(r.Batch, r.N-done)
 		t, err := e.model.schedule(&r, r.FirstIndex+done, n)
 		if err != nil {
 			return err
+		}
+		if c.Constants = constants; constants != nil {
+			constants.Load(c)
+		}
+		w.enqueued = func() {
+			if constants == nil || done+n >= r.N {
+				return
+			}
+			next, err := e.estimate(&r, done+n)
+			c.Fail(err)
+			constants = next.constants
 		}
 		images, err := w.batch(t, r.FirstIndex+done, n, func(iter int) { p.tell(done, n, iter) })
 		if err != nil {
@@ -165,7 +177,7 @@ func (e *Engine) newRun(r *Request, c *engine.Ctx) *run {
 // the caller's words.
 func (e *Engine) finish(ctx context.Context, err error) error {
 	c := e.c
-	c.Cancel = nil
+	c.Cancel, c.Constants = nil, nil
 	c.ClearErr()
 	if err == nil {
 		return c.Arena.Reset()

@@ -9,11 +9,12 @@ import (
 
 // Estimate is what the largest batch of a request takes, counted by a dry run.
 type Estimate struct {
-	Activations int64       // bytes of device memory beside the parameters, at the peak
-	Work        plan.Report // launches, FLOPs and traffic of the batch
-	steps       int         // iterations of a batch
-	perIter     []float64   // FLOPs done after each iteration, as a share of the batch
-	iters       []int       // Request.Iters' number of each
+	Activations int64             // bytes of device memory beside the parameters, at the peak
+	Work        plan.Report       // launches, FLOPs and traffic of the batch
+	steps       int               // iterations of a batch
+	perIter     []float64         // FLOPs done after each iteration, as a share of the batch
+	iters       []int             // Request.Iters' number of each
+	constants   *engine.Constants // what the batch takes from the host; nil where the device shares its memory
 }
 
 // headScratch is what a fused head loop may allocate for itself
@@ -25,15 +26,17 @@ func (e *Engine) Estimate(r Request) (Estimate, error) {
 	if err := r.validate(e.model); err != nil {
 		return Estimate{}, err
 	}
-	return e.estimate(&r)
+	return e.estimate(&r, 0)
 }
 
-func (e *Engine) estimate(r *Request) (est Estimate, err error) {
+// estimate runs the batch that begins with the done-th image on a device that computes
+// nothing.
+func (e *Engine) estimate(r *Request, done int) (est Estimate, err error) {
 	dry := *r
 	dry.Draws, dry.AfterIterate = nil, nil // the order is known, the rest does not change the work
 	orders := *r
-	n := min(r.Batch, r.N)
-	t, err := e.model.schedule(&orders, r.FirstIndex, n)
+	first, n := r.FirstIndex+done, min(r.Batch, r.N-done)
+	t, err := e.model.schedule(&orders, first, n)
 	if err != nil {
 		return est, err
 	}
@@ -43,13 +46,20 @@ func (e *Engine) estimate(r *Request) (est Estimate, err error) {
 		return est, err
 	}
 	defer c.Close()
+	if e.dev.Info().OwnMemory {
+		est.constants = engine.NewConstants()
+		c.Constants = est.constants
+	}
 	w := e.newRun(&dry, c)
 	est.steps = t.steps()
-	_, err = w.batch(t, r.FirstIndex, n, func(iter int) {
+	_, err = w.batch(t, first, n, func(iter int) {
 		est.iters = append(est.iters, iter)
 		est.perIter = append(est.perIter, float64(dev.Report().Total().FLOPs()))
 	})
 	est.Work, est.Activations = dev.Report(), int64(c.Arena.Peak())
+	if est.constants != nil {
+		est.Activations += int64(est.constants.Bytes())
+	}
 	if all := float64(est.Work.Total().FLOPs()); all > 0 {
 		for i := range est.perIter {
 			est.perIter[i] /= all

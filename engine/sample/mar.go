@@ -306,5 +306,6 @@ func (w *marTask) draw(it *iteration, a *engine.HeadStepsArgs) {
 		c.Fail(err)
 		return
 	}
-	a.X, a.Noise = c.F32(x, n, ch), c.F32(noise, len(a.Steps)*n, ch)
+	a.X, a.Noise = c.New(engine.F32, n, ch), c.F32(noise, len(a.Steps)*n, ch) // X is written to
+	c.Upload(a.X, x)
 }

@@ -55,6 +55,9 @@ type run struct {
 	clock clock
 	set   int64 // Info.WorkingSet
 	paged bool  // the device has OpPagedAttention
+	// enqueued, if there is one, is called when all of a batch's tokens are on their way:
+	// what the host does then, a device need not wait for.
+	enqueued func()
 }
 
 // clock adds the time between two calls of lap to a part.
@@ -79,6 +82,9 @@ func (k *clock) lap(c *engine.Ctx, part *time.Duration) {
 // batch makes the images first … first+n-1 of t.
 func (w *run) batch(t task, first, n int, tell func(iter int)) ([]Image, error) {
 	tokens := t.sample(w, tell)
+	if w.c.Err() == nil && w.enqueued != nil {
+		w.enqueued()
+	}
 	if w.c.Err() != nil {
 		return nil, w.c.Err()
 	}

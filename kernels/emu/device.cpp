@@ -56,6 +56,7 @@ void read_settings() {
 	v.memory = size_t(number("MARGO_EMU_MEMORY", int64_t(8) << 30));
 	v.seed = uint64_t(number("MARGO_EMU_SEED", 0));
 	v.threads = int(number("MARGO_EMU_THREADS", v.seed ? 1 : 2));
+	v.run = number("MARGO_EMU_RUN", 1) != 0;
 	v.fail_alloc = number("MARGO_EMU_FAIL_ALLOC", -1);
 	v.lose_device = number("MARGO_EMU_LOSE_DEVICE", -1);
 	if (const char *t = getenv("MARGO_EMU_TRACE")) v.trace = t;
@@ -226,7 +227,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int device) {
 	const Settings &v = state().settings;
 	if (device < 0 || device >= v.devices) return note(cudaErrorInvalidDevice);
 	*p = cudaDeviceProp{};
-	snprintf(p->name, sizeof p->name, "margo emulator");
+	snprintf(p->name, sizeof p->name, "margo emulator%s", state().settings.run ? "" : " that runs no kernel");
 	const bool hopper = v.cc >= 90 && v.cc < 120, ampere = v.cc == 80;
 	p->totalGlobalMem = v.memory;
 	p->sharedMemPerBlock = 48 << 10;

@@ -102,6 +102,7 @@ void run_launch(const Launch &l, int device) {
 	int threads;
 	{
 		std::lock_guard<std::mutex> lock(s.mu);
+		if (!s.settings.run) return;
 		for (auto &a : s.memory)
 			if (a.second.device >= 0) r.memory.push_back({a.first, a.first + a.second.bytes});
 		r.seed = s.settings.seed ? s.settings.seed * 0x9E3779B97F4A7C15ull + s.runs : 0;

@@ -58,6 +58,7 @@ struct Settings { // from the environment
 	int devices = 1, cc = 80, sms = 4, driver = 13000, threads = 2;
 	size_t memory = size_t(8) << 30;
 	uint64_t seed = 0;
+	bool run = true; // kernels; else they are checked and counted when launched, and memory stays poisoned
 	int64_t fail_alloc = -1, lose_device = -1;
 	std::string trace, report;
 };
