@@ -83,7 +83,7 @@ func (rep *Report) Plot(w io.Writer, format string) error {
 	p.X.Min, p.X.Max, p.Y.Min, p.Y.Max = low.X/1.15, high.X*1.6, low.Y/1.15, high.Y*1.15 // room for a label at the right
 	p.Legend.Top, p.Legend.Left = true, true
 	p.Legend.XOffs, p.Legend.YOffs = vg.Points(8), vg.Points(-6)
-	p.Legend.TextStyle.Font.Size = vg.Points(9)
+	p.Legend.TextStyle.Font.Size, p.Legend.Padding, p.Title.Padding = vg.Points(9), vg.Points(3), vg.Points(6)
 	c, err := p.WriterTo(8.5*vg.Inch, 6*vg.Inch, format)
 	if err != nil {
 		return fmt.Errorf("plot: %w", err)
