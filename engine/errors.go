@@ -14,7 +14,7 @@ const (
 	Unsupported                 // the device has no such op, dtype or combination
 	OutOfMemory                 // the device or host cannot hold what was asked for
 	DeviceFault                 // the device failed; its state is unknown
-	Comm                        // a collective or a peer failed
+	CommFault                   // a collective or a peer failed
 	IO                          // a file could not be read, parsed or written
 	Cancelled                   // the caller asked to stop
 	Internal                    // a broken invariant of margo itself

@@ -1,0 +1,313 @@
+package dist
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"math"
+	"net"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"margo/engine"
+	"margo/engine/ref"
+)
+
+// freeAddr is an address where nothing listens.
+func freeAddr(t *testing.T) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return l.Addr().String()
+}
+
+// together runs f as every rank of a group and returns what it returned for each.
+func together(t *testing.T, size int, limit time.Duration, f func(g *Group) error) []error {
+	t.Helper()
+	addr, errs := freeAddr(t), make([]error, size)
+	var wg sync.WaitGroup
+	for r := range size {
+		wg.Add(1)
+		go func() {
+			defer wg.Done()
+			g, err := Join(context.Background(), Place{Rank: r, Size: size, Addr: addr}, limit)
+			if err == nil {
+				defer g.Close()
+				err = f(g)
+			}
+			errs[r] = err
+		}()
+	}
+	wg.Wait()
+	return errs
+}
+
+func allFine(t *testing.T, errs []error) {
+	t.Helper()
+	for r, err := range errs {
+		if err != nil {
+			t.Errorf("rank %d: %v", r, err)
+		}
+	}
+}
+
+// Numbers whose sum depends on the order: the order of ranks must be kept, bit for
+// bit, and on all ranks.
+func TestAllReduceIsTheSumInOrderOfRanks(t *testing.T) {
+	const n = 1000
+	value := func(rank, i int) float32 {
+		return float32(math.Ldexp(float64(1+(i*7+rank*13)%17), (i*5+rank*11)%40-20)) * float32(1-2*((i+rank)%2))
+	}
+	dev := ref.New(ref.Exact)
+	defer dev.Close()
+	for _, size := range []int{1, 2, 4} {
+		for _, d := range []engine.DType{engine.F32, engine.BF16, engine.I32} {
+			numbers := func(rank int) []byte {
+				var b []byte
+				for i := range n {
+					switch d {
+					case engine.F32:
+						b = binary.LittleEndian.AppendUint32(b, math.Float32bits(value(rank, i)))
+					case engine.BF16:
+						b = binary.LittleEndian.AppendUint16(b, engine.ToBF16(value(rank, i)))
+					default:
+						b = binary.LittleEndian.AppendUint32(b, uint32((rank+1)*(i+1)*123456789))
+					}
+				}
+				return b
+			}
+			var want []byte
+			for i := range n {
+				var f float32
+				var u uint32
+				for r := range size {
+					b := numbers(r)
+					switch d {
+					case engine.F32:
+						f += math.Float32frombits(binary.LittleEndian.Uint32(b[4*i:]))
+					case engine.BF16:
+						f += engine.FromBF16(binary.LittleEndian.Uint16(b[2*i:]))
+					default:
+						u += binary.LittleEndian.Uint32(b[4*i:])
+					}
+				}
+				switch d {
+				case engine.F32:
+					want = binary.LittleEndian.AppendUint32(want, math.Float32bits(f))
+				case engine.BF16:
+					want = binary.LittleEndian.AppendUint16(want, engine.ToBF16(f))
+				default:
+					want = binary.LittleEndian.AppendUint32(want, u)
+				}
+			}
+			allFine(t, together(t, size, 20*time.Second, func(g *Group) error {
+				s, err := dev.NewStream()
+				if err != nil {
+					return err
+				}
+				defer s.Close()
+				buf, err := dev.Alloc(len(want))
+				if err != nil {
+					return err
+				}
+				defer buf.Free()
+				x := engine.NewTensor(buf, 0, d, n)
+				got := make([]byte, len(want))
+				if err := errors.Join(s.CopyIn(x, numbers(g.Rank())), g.AllReduce(s, x), s.CopyOut(got, x)); err != nil {
+					return err
+				}
+				if !bytes.Equal(got, want) {
+					return fmt.Errorf("%v, %d ranks: not the sum in order of ranks", d, size)
+				}
+				for root := range size {
+					if err := errors.Join(s.CopyIn(x, numbers(g.Rank())), g.Broadcast(s, root, x), s.CopyOut(got, x), g.Barrier()); err != nil {
+						return err
+					}
+					if !bytes.Equal(got, numbers(root)) {
+						return fmt.Errorf("%v: not what rank %d sent", d, root)
+					}
+				}
+				return nil
+			}))
+		}
+	}
+}
+
+// Nobody returns from a barrier before the last has come.
+func TestBarrierWaits(t *testing.T) {
+	var mu sync.Mutex
+	came := 0
+	allFine(t, together(t, 4, 20*time.Second, func(g *Group) error {
+		for round := 1; round <= 5; round++ {
+			time.Sleep(time.Duration(g.Rank()) * time.Millisecond)
+			mu.Lock()
+			came++
+			mu.Unlock()
+			if err := g.Barrier(); err != nil {
+				return err
+			}
+			mu.Lock()
+			n := came
+			mu.Unlock()
+			if n < 4*round {
+				return fmt.Errorf("round %d: passed after %d calls", round, n)
+			}
+		}
+		return g.WaitAll()
+	}))
+}
+
+// What ranks disagree about is an error on all of them, soon, and the group stays broken.
+func TestDisagreement(t *testing.T) {
+	data := func(n int) []byte { return make([]byte, n) }
+	for name, c := range map[string]struct {
+		odd  func(*Group) error // of rank 2; the others sum 8 floats
+		says string
+	}{
+		"count":      {func(g *Group) error { return g.SumBytes(engine.F32, data(16)) }, "all-reduce of 16 bytes of f32"},
+		"dtype":      {func(g *Group) error { return g.SumBytes(engine.I32, data(32)) }, "all-reduce of 32 bytes of i32"},
+		"collective": {func(g *Group) error { return g.Barrier() }, "barrier"},
+		"root":       {func(g *Group) error { return g.BroadcastBytes(3, data(32)) }, "broadcast of 32 bytes of i32 from rank 3"},
+		"gone":       {func(g *Group) error { g.Close(); return g.Barrier() }, "rank 2"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			start := time.Now()
+			errs := together(t, 4, 20*time.Second, func(g *Group) error {
+				if g.Rank() == 2 {
+					return c.odd(g)
+				}
+				err := g.SumBytes(engine.F32, data(32))
+				if again := g.Barrier(); again != err {
+					return fmt.Errorf("after %v the group says %v", err, again)
+				}
+				return err
+			})
+			if took := time.Since(start); took > 10*time.Second {
+				t.Errorf("took %v", took)
+			}
+			for r, err := range errs {
+				if !errors.Is(err, engine.CommFault) || !strings.Contains(err.Error(), c.says) {
+					t.Errorf("rank %d: %v, want %q", r, err, c.says)
+				}
+			}
+		})
+	}
+}
+
+// A rank that does not come to a collective is named after the time limit.
+func TestLateRank(t *testing.T) {
+	release := make(chan struct{})
+	var once sync.WaitGroup
+	once.Add(2)
+	go func() { once.Wait(); close(release) }()
+	errs := together(t, 3, 300*time.Millisecond, func(g *Group) error {
+		if g.Rank() == 1 {
+			<-release // until the others have given up
+			return nil
+		}
+		defer once.Done()
+		return g.Barrier()
+	})
+	for _, r := range []int{0, 2} {
+		if !errors.Is(errs[r], engine.CommFault) || !strings.Contains(errs[r].Error(), "rank 1") || !strings.Contains(errs[r].Error(), "in time") {
+			t.Errorf("rank %d: %v", r, errs[r])
+		}
+	}
+}
+
+func TestJoinRefuses(t *testing.T) {
+	join := func(limit time.Duration, places ...Place) []error {
+		addr, errs := freeAddr(t), make([]error, len(places))
+		var wg sync.WaitGroup
+		for i, p := range places {
+			wg.Add(1)
+			go func() {
+				defer wg.Done()
+				p.Addr = addr
+				g, err := Join(context.Background(), p, limit)
+				if err == nil {
+					g.Close()
+				}
+				errs[i] = err
+			}()
+		}
+		wg.Wait()
+		return errs
+	}
+	for name, c := range map[string]struct {
+		limit  time.Duration
+		places []Place
+		says   string // rank 0
+	}{
+		"missing":   {200 * time.Millisecond, []Place{{Rank: 0, Size: 3}, {Rank: 1, Size: 3}}, "time is up: rank 0 at"},
+		"size":      {10 * time.Second, []Place{{Rank: 0, Size: 3}, {Rank: 1, Size: 2}}, "rank 1 counts 2 ranks, rank 0 counts 3"},
+		"twice":     {10 * time.Second, []Place{{Rank: 0, Size: 3}, {Rank: 1, Size: 3}, {Rank: 1, Size: 3}}, "two processes call themselves rank 1"},
+		"other job": {300 * time.Millisecond, []Place{{Rank: 0, Size: 2, Job: "a"}, {Rank: 1, Size: 2, Job: "b"}}, "waits for rank 1"},
+		"alone":     {200 * time.Millisecond, []Place{{Rank: 1, Size: 2}}, "reaches no rank 0"},
+	} {
+		errs := join(c.limit, c.places...)
+		for i, err := range errs {
+			if !errors.Is(err, engine.CommFault) {
+				t.Errorf("%s: process %d: %v", name, i, err)
+			}
+		}
+		if errs[0] == nil || !strings.Contains(errs[0].Error(), c.says) {
+			t.Errorf("%s: %v, want %q", name, errs[0], c.says)
+		}
+	}
+}
+
+// Strangers do not disturb.
+func TestStrangers(t *testing.T) {
+	addr := freeAddr(t)
+	done := make(chan error)
+	go func() {
+		g, err := Join(context.Background(), Place{Size: 2, Addr: addr}, 20*time.Second)
+		if err == nil {
+			err = g.Barrier()
+		}
+		done <- err
+	}()
+	for _, text := range []string{"", "GET / HTTP/1.1\r\n\r\n" + strings.Repeat("x", 100)} {
+		var c net.Conn
+		var err error
+		for range 100 {
+			if c, err = net.Dial("tcp", addr); err == nil {
+				break
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		fmt.Fprint(c, text)
+		c.Close()
+	}
+	g, err := Join(context.Background(), Place{Rank: 1, Size: 2, Addr: addr}, 20*time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer g.Close()
+	if err := g.Barrier(); err != nil {
+		t.Error(err)
+	}
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
+
+func TestCancelledJoin(t *testing.T) {
+	ctx, cancel := context.WithCancel(context.Background())
+	time.AfterFunc(50*time.Millisecond, cancel)
+	start := time.Now()
+	if _, err := Join(ctx, Place{Size: 2, Addr: freeAddr(t)}, time.Minute); !errors.Is(err, context.Canceled) || time.Since(start) > 10*time.Second {
+		t.Errorf("%v after %v", err, time.Since(start))
+	}
+}
