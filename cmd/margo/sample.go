@@ -33,6 +33,8 @@ Image i has the classes' item i mod their number, and its random numbers depend 
 
 With --image and --mask a known image is completed: white parts of the mask are filled (a token is filled if any of its pixels is white), the rest is kept. Both are fitted to the model's size about their centre. The image passes through the tokenizer, so kept parts look alike but not bit for bit.
 
+Started by torchrun, mpirun or srun, every rank makes its part of the images on its own --device and writes it into the folder, which then holds the same files as of one process. Name devices for ranks of one machine by CUDA_VISIBLE_DEVICES or a wrapper's --device cuda:$LOCAL_RANK.
+
 Ctrl-C stops between steps: whole images of a folder stay, unfinished files go. Press it again to stop at once.
 
 Examples:
@@ -74,6 +76,7 @@ Examples:
 		}, tileFlags(), []cli.Flag{
 			&cli.IntFlag{Name: "batch", Category: "Machine", Value: 8, Usage: "`N`|images at a time; more is faster until memory ends"},
 			deviceFlag(),
+			ranksFlag(),
 			&cli.StringFlag{Name: "dtype", Category: "Machine", Value: "f32", Usage: "`DTYPE`|compute in f32, or in bf16: faster where the CPU has it, half the memory, small differences"},
 			threadsFlag(),
 
@@ -165,11 +168,18 @@ func runSample(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
+	place, err := readRanks(c)
+	if err != nil {
+		return err
+	}
 	out, err := openOutput(c.String("out"))
 	if err != nil {
 		return err
 	}
 	defer out.abort()
+	if place != nil && out.kind != "dir" {
+		return usagef("--out: rank %d of %d (%s) writes its images into a folder; sheets and npz files are for one rank", place.Rank, place.Size, place.From)
+	}
 	shape, open, err := shapeOptions(c)
 	if err != nil {
 		return err
@@ -197,6 +207,22 @@ func runSample(c *cli.Context) error {
 	}
 	defer dev.Close()
 	j.fillParams(c, dev)
+	if place != nil {
+		// The device's name may differ: each rank has its own.
+		same := j.params
+		same.Device = ""
+		ranks, err := agree(c.Context, place, same, j.labels, j.n, j.first)
+		if err != nil {
+			return err
+		}
+		defer ranks.Close()
+		out.keepFolders()
+		j.share(place)
+		log.Infof("rank %d of %d (%s): %s from index %d", place.Rank, place.Size, place.From, images(j.n), j.first)
+		if j.n == 0 {
+			return nil
+		}
+	}
 
 	if err := j.checkMemory(c.IsSet("batch"), dev, known != nil, out.memory(j), log); err != nil {
 		return err

@@ -62,11 +62,18 @@ func (o *output) makeFolder(path string) error {
 		}
 	}
 	if err := os.Mkdir(path, 0o777); err != nil {
+		if s, again := os.Stat(path); again == nil && s.IsDir() {
+			return nil // another rank was faster
+		}
 		return err
 	}
 	o.made = append(o.made, path)
 	return nil
 }
+
+// keepFolders leaves the folders that were made where they are, whatever happens:
+// other ranks write into them.
+func (o *output) keepFolders() { o.made = nil }
 
 // begin starts writing the job's images.
 func (o *output) begin(j *job) error {

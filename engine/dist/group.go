@@ -106,9 +106,8 @@ func readHeader(c io.Reader, want header) (header, error) {
 }
 
 // collect runs one collective: the data of every rank that sends is combined on rank 0
-// in the order of ranks, and data becomes the result on all. limit 0 waits as long as
-// the connections live.
-func (g *Group) collect(h header, data []byte, limit time.Duration, combine func(rank int, theirs []byte)) error {
+// in the order of ranks, and data becomes the result on all.
+func (g *Group) collect(h header, data []byte, combine func(rank int, theirs []byte)) error {
 	if g.broken != nil {
 		return g.broken
 	}
@@ -117,11 +116,7 @@ func (g *Group) collect(h header, data []byte, limit time.Duration, combine func
 	}
 	g.seq++
 	h.seq, h.bytes = g.seq, uint64(len(data))
-	until := func(c net.Conn, times time.Duration) {
-		if c.SetDeadline(time.Time{}); limit > 0 {
-			c.SetDeadline(time.Now().Add(times * limit))
-		}
-	}
+	until := func(c net.Conn, times time.Duration) { c.SetDeadline(time.Now().Add(times * g.limit)) }
 	sends := func(rank int) bool { return h.op == opSum || h.op == opBroadcast && rank == int(h.root) }
 	if c := g.peers[0]; g.place.Rank != 0 {
 		until(c, 2) // rank 0's error, which names who is late, comes first
@@ -212,13 +207,7 @@ func (g *Group) Close() error {
 
 // Barrier waits until every rank has called it, at most the group's time limit.
 func (g *Group) Barrier() error {
-	return g.collect(header{op: opBarrier}, nil, g.limit, nil)
-}
-
-// WaitAll is a Barrier without a time limit, for the end of work that takes ranks
-// differently long. A rank whose process ends is noticed at once.
-func (g *Group) WaitAll() error {
-	return g.collect(header{op: opBarrier}, nil, 0, nil)
+	return g.collect(header{op: opBarrier}, nil, nil)
 }
 
 // SumBytes and BroadcastBytes are AllReduce and Broadcast of host memory, little
@@ -230,13 +219,13 @@ func (g *Group) SumBytes(d engine.DType, data []byte) error {
 		return bad("all-reduce: %d bytes of %v", len(data), d)
 	}
 	if g.place.Rank != 0 || d != engine.BF16 {
-		return g.collect(header{op: opSum, dtype: uint8(d)}, data, g.limit, func(_ int, theirs []byte) { add(d, data, theirs) })
+		return g.collect(header{op: opSum, dtype: uint8(d)}, data, func(_ int, theirs []byte) { add(d, data, theirs) })
 	}
 	wide := make([]float32, len(data)/2) // BF16 is rounded once
 	for i := range wide {
 		wide[i] = engine.FromBF16(binary.LittleEndian.Uint16(data[2*i:]))
 	}
-	return g.collect(header{op: opSum, dtype: uint8(d)}, data, g.limit, func(rank int, theirs []byte) {
+	return g.collect(header{op: opSum, dtype: uint8(d)}, data, func(rank int, theirs []byte) {
 		for i := range wide {
 			wide[i] += engine.FromBF16(binary.LittleEndian.Uint16(theirs[2*i:]))
 			if rank == g.place.Size-1 {
@@ -268,7 +257,7 @@ func (g *Group) broadcast(root int, d engine.DType, data []byte) error {
 	if root < 0 || root >= g.place.Size {
 		return bad("broadcast from rank %d of %d", root, g.place.Size)
 	}
-	return g.collect(header{op: opBroadcast, dtype: uint8(d), root: uint16(root)}, data, g.limit,
+	return g.collect(header{op: opBroadcast, dtype: uint8(d), root: uint16(root)}, data,
 		func(_ int, theirs []byte) { copy(data, theirs) })
 }
 
