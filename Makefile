@@ -53,6 +53,14 @@ cuda: ## build bin/libmargo_cuda.so with nvcc (about 10 minutes on 2 cores)
 cuda-gate: cuda ## check registers, spills and tensor-core instructions of what make cuda built
 	@kernels/gate.sh "$(dir $(NVCC))cuobjdump" .build/cuda
 
+.PHONY: budget budget-check
+budget: cuda ## write kernels/BUDGET.md: instructions of the main loops, roofline estimate
+	@kernels/budget.sh "$(dir $(NVCC))cuobjdump" .build/cuda
+	@MARGO_UPDATE_BUDGET=1 $(GO) test -count=1 -run TestRooflineTable ./engine/sample
+budget-check: cuda ## compare kernels/BUDGET.md with what the pinned compiler makes now
+	@CHECK=1 kernels/budget.sh "$(dir $(NVCC))cuobjdump" .build/cuda
+	@$(GO) test -count=1 -run TestRoofline ./engine/sample
+
 .PHONY: test
 test: ## everything that must pass: format, vet, tests, race detector, sanitizers, arm64
 	@.ci/setup test
