@@ -71,6 +71,7 @@ var allowed = map[string][]string{
 	"engine/conformance": {"engine", "engine/ref", "engine/plan"},
 	"cpu":                {"engine"},
 	"cuda":               {"engine"},
+	"cuda/ptx":           {},
 	"engine/atomicfile":  {"engine"},
 	"engine/checkpoint":  {"engine", "engine/atomicfile"},
 	"engine/load":        {"engine", "engine/checkpoint"},

@@ -1,0 +1,121 @@
+package ptx
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"sync"
+	"testing"
+)
+
+// nvcc finds the pinned compiler or one on the path.
+func nvcc() string {
+	if m, _ := filepath.Glob("../../.cuda/lib/python3*/site-packages/nvidia/cu13/bin/nvcc"); len(m) > 0 {
+		return m[0]
+	}
+	if p, err := exec.LookPath("nvcc"); err == nil {
+		return p
+	}
+	return ""
+}
+
+var compiling sync.Mutex
+
+// compiled gives the PTX of a file of kernels/ as nvcc makes it for compute_80. What was compiled from the same sources by the
+// same compiler lies in the user's cache.
+func compiled(t *testing.T, file string) string {
+	t.Helper()
+	cc := nvcc()
+	if cc == "" {
+		if os.Getenv("MARGO_NVCC_REQUIRED") != "" {
+			t.Fatal("no nvcc: make cuda-toolchain installs one")
+		}
+		t.Skip("NOT TESTED: no nvcc here, so no PTX was interpreted; make cuda-toolchain installs one")
+	}
+	compiling.Lock()
+	defer compiling.Unlock()
+	hash := sha256.New()
+	version, err := exec.Command(cc, "--version").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	hash.Write(version)
+	headers, _ := filepath.Glob("../../kernels/*.*h")
+	for _, f := range append(headers, filepath.Join("../../kernels", file)) {
+		text, err := os.ReadFile(f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		hash.Write([]byte(f))
+		hash.Write(text)
+	}
+	cache, err := os.UserCacheDir()
+	if err != nil {
+		cache = os.TempDir()
+	}
+	out := filepath.Join(cache, "margo", "ptx-"+hex.EncodeToString(hash.Sum(nil)[:12])+".ptx")
+	if text, err := os.ReadFile(out); err == nil {
+		return string(text)
+	}
+	dir := t.TempDir()
+	tmp := filepath.Join(dir, "out.ptx")
+	if text, err := exec.Command(cc, "-std=c++20", "-O3", "-ptx", "-arch=compute_80", "-I", "../../kernels",
+		filepath.Join("../../kernels", file), "-o", tmp).CombinedOutput(); err != nil {
+		t.Fatalf("nvcc %s: %v\n%s", file, err, text)
+	}
+	text, err := os.ReadFile(tmp)
+	if err != nil || !bytes.Contains(text, []byte(".entry")) {
+		t.Fatalf("nvcc %s: no kernel in its PTX (%v)", file, err)
+	}
+	if os.MkdirAll(filepath.Dir(out), 0o755) == nil { // a cache that cannot be written costs time only
+		if part, err := os.CreateTemp(filepath.Dir(out), "part-*"); err == nil {
+			_, werr := part.Write(text)
+			if part.Close() != nil || werr != nil || os.Rename(part.Name(), out) != nil {
+				os.Remove(part.Name())
+			}
+		}
+	}
+	return string(text)
+}
+
+func parsed(t *testing.T, text string) *Module {
+	t.Helper()
+	m, err := Parse(text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return m
+}
+
+// launch runs the kernel whose name has all the parts.
+func launch(t *testing.T, m *Module, mem *Memory, l Launch, parts ...string) {
+	t.Helper()
+	k, err := m.Kernel(parts...)
+	if err == nil {
+		err = k.Run(mem, l)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func words(t *testing.T, mem *Memory, at uint64, n int) []uint32 {
+	t.Helper()
+	v, err := mem.ReadU32(at, n)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return v
+}
+
+func floats(t *testing.T, mem *Memory, at uint64, n int) []float32 {
+	t.Helper()
+	v, err := mem.ReadF32(at, n)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return v
+}

@@ -1,0 +1,19 @@
+// Package ptx parses and runs the PTX that nvcc emits for compute_80, so that tests see what the compiler made of a kernel, its
+// inline assembly included, on machines without a GPU. Only tests import it.
+//
+// Model. A warp runs in lock step: of its lanes that can run, those with the lowest program counter take one step, so that lanes
+// which parted meet again where their paths join. Warps of a block take turns at barriers. Blocks run one after the other, or
+// side by side when a launch is cooperative. What runs in lock step does not show a missing barrier inside a warp; the emulator in
+// kernels/emu and its checkers are for that.
+//
+// Memory. Every access is checked for bounds and natural alignment. New memory, shared memory and the target of an asynchronous
+// copy under way hold bytes 0xff, a NaN in every float type; the copy reads and writes only when its thread waits for it.
+//
+// Numerics. add, sub, mul, fma, div.rn, sqrt.rn, rcp.rn and conversions round as IEEE 754 and PTX say, so they are bit-equal to
+// hardware. The approx instructions are computed in binary64 and rounded once: hardware may differ by the error that the PTX
+// manual gives (2 ulp of ex2, 1 of rcp, about 2^-22 relative of rsqrt and sqrt, 2^-20.5 absolute of sin and cos). mma sums the
+// products of one call in binary64, adds the accumulator and rounds once; hardware rounds or truncates more often, by at most
+// one unit of the last place of the largest term for each addition.
+//
+// An instruction, modifier or type that is not known is an error that names it and its line: nothing is ignored.
+package ptx
