@@ -15,8 +15,8 @@ import (
 
 // mutants lists the seeded bugs of kernels/emu/test/mutants.cu and how each must end, in the plain
 // emulator and in the check build. "ok" in the plain one means that the bug needs another schedule
-// to show, which no test can count on: there the checker must find it. MARGO_EMU_REPORT counts the one
-// that is right but slow.
+// to show, which no test can count on: there the checker must find it. MARGO_EMU_REPORT counts those
+// that are right but slow.
 var mutants = []struct {
 	kernel       string
 	bug          int
@@ -61,6 +61,19 @@ var mutants = []struct {
 	{"streams", 1, `^wrong result$`, `^wrong result$`}, // an event not waited for
 	{"streams", 2, `^wrong result$`, `^wrong result$`}, // a pinned buffer used again too early
 	{"streams", 3, `^wrong result$`, `^wrong result$`}, // a memset that nothing waits for
+	{"strided", 0, `^ok$`, `^ok$`},                     // right and slow: see counted
+	{"strided", 1, `^ok$`, `^ok$`},
+	{"strided", 2, `^ok$`, `^ok$`},
+}
+
+// counted is what the check build must report for the launches of strided. Four warps load and store once in
+// each memory. A warp's 32 floats are 4 sectors side by side, 8 if every other one is taken, 32 if they lie 36
+// bytes apart; in shared memory 1 turn of the banks, 8 if they lie 8 words apart (8 lanes to each of 4 banks), 1
+// if they lie 33 words apart.
+var counted = []string{
+	`^strided global=8 waves=32 least=32 shared=8 waves=8 least=8$`,
+	`^strided global=8 waves=48 least=32 worst=mutants\.cu:\d+:32/16 shared=8 waves=64 least=8 worst=mutants\.cu:\d+:32/4$`,
+	`^strided global=8 waves=144 least=32 worst=mutants\.cu:\d+:128/16 shared=8 waves=8 least=8$`,
 }
 
 // runMutants runs the program and returns how each kernel and bug ended.
@@ -112,6 +125,20 @@ func TestMutants(t *testing.T) {
 				text, err := os.ReadFile(report)
 				if err != nil {
 					t.Fatal(err)
+				}
+				var strided []string
+				for _, line := range strings.Split(string(text), "\n") {
+					if strings.HasPrefix(line, "strided") {
+						strided = append(strided, line)
+					}
+				}
+				for i, want := range counted {
+					if san == "" {
+						want = `^strided$` // the plain build sees no accesses
+					}
+					if len(strided) != len(counted) || !regexp.MustCompile(want).MatchString(strided[i]) {
+						t.Errorf("launch %d: want %s in the report, got %q", i, want, strided)
+					}
 				}
 				if n := strings.Count(string(text), "tiles ldmatrix=1280 conflicts=8.00"); n != 1 {
 					t.Errorf("%d launches have eightfold bank conflicts, want that without swizzle:\n%s", n, text)

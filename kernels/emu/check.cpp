@@ -56,7 +56,7 @@ struct Checker {
 	const Run *run = nullptr;
 	uint64_t number = 0; // of the launch
 	uintptr_t image = 0;
-	Pattern patterns[2]; // global, shared
+	std::map<const void *, Pattern> patterns[2]; // global, shared: of the launch so far, by instruction
 };
 
 Checker &checker() { // check builds use one worker
@@ -124,7 +124,7 @@ void settle_counts() {
 	Checker &c = checker();
 	for (auto &[key, l] : c.lanes) {
 		const bool shared = key.second & 1;
-		Pattern &p = c.patterns[shared];
+		Pattern &p = c.patterns[shared][key.first];
 		p.requests++;
 		int lanes = __builtin_popcount(l.mask);
 		if (shared) {
@@ -217,7 +217,7 @@ void begin(Group *g) {
 			for (auto &r : g->run->memory) held = held || r.begin == it->first;
 			it = held ? std::next(it) : c.global.erase(it);
 		}
-		for (auto &p : c.patterns) p = {};
+		for (auto &p : c.patterns) p.clear();
 		for (auto &r : c.recent) r = {};
 		c.counting = g->run->counting;
 		if (!c.image) {
@@ -246,9 +246,12 @@ void begin(Group *g) {
 void end(Group *g) {
 	settle_counts();
 	for (int i = 0; i < 2; i++) {
-		Pattern &p = checker().patterns[i];
-		g->run->requests[i] += p.requests, g->run->waves[i] += p.waves, g->run->least[i] += p.least;
-		p = {};
+		Run &r = *g->run;
+		r.requests[i] = r.waves[i] = r.least[i] = r.worst_waves[i] = r.worst_least[i] = 0;
+		for (auto &[pc, p] : checker().patterns[i]) {
+			r.requests[i] += p.requests, r.waves[i] += p.waves, r.least[i] += p.least;
+			if (p.waves - p.least > r.worst_waves[i] - r.worst_least[i]) r.worst[i] = pc, r.worst_waves[i] = p.waves, r.worst_least[i] = p.least;
+		}
 	}
 }
 
@@ -277,6 +280,8 @@ void meet(uint32_t mask) {
 }
 
 std::string place(const void *pc) {
+	static std::map<const void *, std::string> known; // under run_mu
+	if (auto it = known.find(pc); it != known.end()) return it->second;
 	Dl_info i;
 	if (!dladdr(pc, &i) || !i.dli_fname) return text("%p", pc);
 	auto at = reinterpret_cast<uintptr_t>(pc) - reinterpret_cast<uintptr_t>(i.dli_fbase) - 1;
@@ -292,7 +297,7 @@ std::string place(const void *pc) {
 		}
 		pclose(f);
 	}
-	return s;
+	return known[pc] = s;
 }
 
 } // namespace emu::check

@@ -48,6 +48,8 @@ struct Run {
 	std::vector<const void *> pcs; // that {pc0}, {pc1} in the report stand for
 	// Counters of global [0] and shared [1] memory (check builds), and of ldmatrix (any build).
 	uint64_t requests[2] = {}, waves[2] = {}, least[2] = {};
+	const void *worst[2] = {}; // the instruction with most waves beyond the least, null: none has any
+	uint64_t worst_waves[2] = {}, worst_least[2] = {};
 	std::atomic<uint64_t> matrices{0}, matrix_waves{0};
 };
 

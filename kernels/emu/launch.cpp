@@ -56,7 +56,7 @@ void Helper::loop() {
 	}
 }
 
-// report appends what was counted to the file that MARGO_EMU_REPORT names.
+// report appends what was counted to the file that MARGO_EMU_REPORT names; runtime.h says what it holds.
 void report(const Run &r) {
 	std::string path;
 	{
@@ -69,8 +69,12 @@ void report(const Run &r) {
 	fprintf(f, "%s", r.launch->name.c_str());
 	if (uint64_t n = r.matrices.load()) fprintf(f, " ldmatrix=%llu conflicts=%.2f", (unsigned long long)n, double(r.matrix_waves.load()) / double(n));
 	const char *names[2] = {"global", "shared"};
-	for (int i = 0; i < 2; i++)
-		if (r.requests[i]) fprintf(f, " %s=%llu excess=%.2f", names[i], (unsigned long long)r.requests[i], double(r.waves[i]) / double(r.least[i]));
+	using big = unsigned long long;
+	for (int i = 0; i < 2; i++) {
+		if (!r.requests[i]) continue;
+		fprintf(f, " %s=%llu waves=%llu least=%llu", names[i], big(r.requests[i]), big(r.waves[i]), big(r.least[i]));
+		if (r.worst[i]) fprintf(f, " worst=%s:%llu/%llu", check::place(r.worst[i]).c_str(), big(r.worst_waves[i]), big(r.worst_least[i]));
+	}
 	fprintf(f, "\n");
 	fclose(f);
 }

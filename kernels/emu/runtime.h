@@ -14,9 +14,11 @@
 //   MARGO_EMU_THREADS   system threads that blocks are spread over (2; 1 with a seed)
 //   MARGO_EMU_SEED      0: fixed order
 //   MARGO_EMU_TRACE     file to which every launch is appended, a line each
-//   MARGO_EMU_REPORT    file to which every launch appends what was counted: matrices read by ldmatrix
-//                       and their bank conflicts (1: none); in check builds warps' accesses of global and
-//                       shared memory, and by how many times the least possible traffic they exceed it
+//   MARGO_EMU_REPORT    file to which every launch appends what was counted, a line each: matrices read by
+//                       ldmatrix and their bank conflicts (1: none); in check builds also, for global and for
+//                       shared memory, warps' accesses, the waves that these take (global: sectors of 32 bytes;
+//                       shared: turns of the 32 banks), the least that their bytes could take, and the line
+//                       with the most beyond that
 //   MARGO_EMU_FAIL_ALLOC n: allocations after the n-th fail
 //   MARGO_EMU_LOSE_DEVICE n: the device fails at launch n
 #pragma once

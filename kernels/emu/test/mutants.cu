@@ -173,6 +173,15 @@ template <int PLAIN> __global__ void counts(float *y) {
 		atomicAdd(y, 1.0f);
 }
 
+// strided moves 128 values through shared memory, spread by SHARED words there and by GLOBAL values in x: right
+// with any, but each of a warp's four accesses takes as many waves as cuda/emu_test.go says.
+template <int SHARED, int GLOBAL> __global__ void strided(const float *x, float *y) {
+	float *s = &gpu::smem<float>();
+	s[threadIdx.x * SHARED] = x[threadIdx.x * GLOBAL];
+	__syncthreads();
+	y[threadIdx.x] = s[threadIdx.x * SHARED];
+}
+
 __global__ void add_one(float *y, int n) {
 	int i = blockIdx.x * blockDim.x + threadIdx.x;
 	if (i < n) y[i] += 1;
@@ -321,6 +330,16 @@ void run_streams(int bug) {
 	print("streams", bug, s);
 }
 
+template <int SHARED, int GLOBAL> void run_strided(int shown) {
+	std::vector<float> x, want;
+	for (int i = 0; i < 128 * GLOBAL; i++) x.push_back(draw());
+	for (int i = 0; i < 128; i++) want.push_back(x[size_t(i * GLOBAL)]);
+	float *dx = device(x), *y = device(std::vector<float>(128));
+	gpu::name_next_launch("strided");
+	cudaError_t e = gpu::launch(strided<SHARED, GLOBAL>, dim3(1), dim3(128), 128 * SHARED * 4, nullptr, dx, y);
+	print("strided", shown, verdict(e, y, want, {dx, y}));
+}
+
 template <int... BUG> void all_tiles(std::integer_sequence<int, BUG...>) { (run_tiles<BUG>(), ...); }
 template <int... BUG> void all_sums(std::integer_sequence<int, BUG...>) { (run_sums<BUG>(), ...); }
 template <int... BUG> void all_hopper(std::integer_sequence<int, BUG...>) { (run_hopper<BUG>(), ...); }
@@ -338,5 +357,6 @@ int main() {
 	run_phases<0>(false, 7); // an ordinary launch need not run all blocks at once
 	run_counts<0>(), run_counts<1>();
 	for (int bug = 0; bug < 4; bug++) run_streams(bug);
+	run_strided<1, 1>(0), run_strided<8, 2>(1), run_strided<33, 9>(2);
 	return 0;
 }
