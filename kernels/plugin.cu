@@ -126,13 +126,20 @@ margo_status open(int32_t ordinal, uint32_t flags, margo_context **out, char *er
 	auto *c = new (std::nothrow) margo_context;
 	if (!c) return MARGO_OUT_OF_MEMORY;
 	c->ordinal = ordinal, c->flags = flags;
-	if ((e = cudaSetDevice(ordinal)) == cudaSuccess && (e = cudaGetDeviceProperties(&c->prop, ordinal)) == cudaSuccess)
-		e = cudaMalloc(reinterpret_cast<void **>(&c->device_error), 256);
+	if ((e = cudaSetDevice(ordinal)) == cudaSuccess) e = cudaGetDeviceProperties(&c->prop, ordinal);
+	if (e == cudaSuccess && c->prop.major < 8) {
+		if (err_bytes) snprintf(err, err_bytes, "%s has compute capability %d.%d: the kernels need 8.0 or newer", c->prop.name, c->prop.major, c->prop.minor);
+		delete c;
+		return MARGO_UNSUPPORTED;
+	}
+	if (e == cudaSuccess) e = cudaMalloc(reinterpret_cast<void **>(&c->device_error), 256);
 	if (e == cudaSuccess) e = cudaStreamCreateWithFlags(&c->fill_stream, cudaStreamNonBlocking);
 	if (e == cudaSuccess) e = cudaMemsetAsync(c->device_error, 0, 256, c->fill_stream);
 	if (e == cudaSuccess) e = cudaStreamSynchronize(c->fill_stream);
 	if (e == cudaSuccess) e = cudaStreamSynchronize(nullptr); // our streams do not wait for the null stream
 	if (e != cudaSuccess) {
+		if (c->fill_stream) cudaStreamDestroy(c->fill_stream);
+		cudaFree(c->device_error);
 		delete c;
 		return complain(e == cudaErrorMemoryAllocation ? MARGO_OUT_OF_MEMORY : MARGO_DEVICE_FAULT, "opening the device", e);
 	}

@@ -51,6 +51,7 @@ void read_settings() {
 	v = Settings{};
 	v.devices = int(number("MARGO_EMU_DEVICES", 1));
 	v.cc = int(number("MARGO_EMU_CC", 80));
+	v.built_for = int(number("MARGO_EMU_BUILT_FOR", 80));
 	v.sms = int(number("MARGO_EMU_SMS", 4));
 	v.driver = int(number("MARGO_EMU_DRIVER", kRuntime));
 	v.memory = size_t(number("MARGO_EMU_MEMORY", int64_t(8) << 30));

@@ -156,6 +156,7 @@ cudaError_t enqueue(const cudaLaunchConfig_t &c, const void *kernel, std::functi
 	{
 		std::lock_guard<std::mutex> lock(s.mu);
 		if ((e = usable()) != cudaSuccess) return note(e);
+		if (s.settings.cc < s.settings.built_for) return note(cudaErrorNoKernelImageForDevice);
 		auto st = find_stream(c.stream);
 		if (!st) return note(cudaErrorInvalidResourceHandle);
 		const dim3 &g = l->grid, &b = l->block;

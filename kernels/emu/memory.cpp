@@ -160,6 +160,7 @@ cudaError_t cudaMemGetInfo(size_t *free, size_t *total) {
 	if (e != cudaSuccess) return note(e);
 	*total = state().settings.memory;
 	*free = *total - state().devices[size_t(current_device())].used;
+	if (state().settings.fail_alloc >= 0 && state().allocations >= state().settings.fail_alloc) *free = 0; // another process has it
 	return cudaSuccess;
 }
 

@@ -19,7 +19,8 @@
 //                       shared memory, warps' accesses, the waves that these take (global: sectors of 32 bytes;
 //                       shared: turns of the 32 banks), the least that their bytes could take, and the line
 //                       with the most beyond that
-//   MARGO_EMU_FAIL_ALLOC n: allocations after the n-th fail
+//   MARGO_EMU_FAIL_ALLOC n: allocations after the n-th fail, as if another process had taken what was free
+//   MARGO_EMU_BUILT_FOR the architecture that the plugin has code for (80): an older device refuses every kernel
 //   MARGO_EMU_LOSE_DEVICE n: the device fails at launch n
 #pragma once
 

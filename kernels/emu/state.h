@@ -55,7 +55,7 @@ struct Device {
 };
 
 struct Settings { // from the environment
-	int devices = 1, cc = 80, sms = 4, driver = 13000, threads = 2;
+	int devices = 1, cc = 80, built_for = 80, sms = 4, driver = 13000, threads = 2;
 	size_t memory = size_t(8) << 30;
 	uint64_t seed = 0;
 	bool run = true; // kernels; else they are checked and counted when launched, and memory stays poisoned
