@@ -149,7 +149,7 @@ void settle_counts() {
 					for (uint64_t s = l.at[i] / 32; s <= (l.at[i] + l.bytes - 1) / 32; s++)
 						if (std::find(sectors.begin(), sectors.end(), s) == sectors.end()) sectors.push_back(s);
 			p.waves += sectors.size();
-			p.least += uint64_t(lanes * l.bytes + 31) / 32;
+			p.least += std::min(uint64_t(sectors.size()), uint64_t(lanes * l.bytes + 31) / 32); // lanes may read the same bytes
 		}
 	}
 	c.lanes.clear();
