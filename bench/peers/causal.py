@@ -87,17 +87,17 @@ class Cache:
         return kv[0][:, :, :end], kv[1][:, :, :end]
 
 
-class Eager(EagerSampler):
+class EagerAR(EagerSampler):
     """Plain PyTorch with a KV cache; float32, or under autocast if dtype is bfloat16."""
 
     def cache(self, n):
-        m = self.mar
+        m = self.model
         return Cache(len(m.decoder_blocks), n, m.config["decoder_num_heads"], m.buffer + m.seq_len - 1,
                      m.config["decoder_embed_dim"], self.dtype)
 
     def trunk(self, x, cache):
         """Rows [N, m, D] behind those of the cache -> z of the last one without its position, [N, D]."""
-        for i, block in enumerate(self.mar.decoder_blocks):
+        for i, block in enumerate(self.model.decoder_blocks):
             a, (n, m, width) = block.attn, x.shape
             q, k, v = a.qkv(block.norm1(x)).reshape(n, m, 3, a.heads, width // a.heads).permute(2, 0, 3, 1, 4).unbind(0)
             k, v = cache.append(i, k, v)
@@ -105,7 +105,7 @@ class Eager(EagerSampler):
             x = x + a.proj(y.transpose(1, 2).reshape(n, m, width))
             x = x + block.mlp(block.norm2(x))
         cache.rows += m
-        return self.mar.decoder_norm(x)[:, -1]
+        return self.model.decoder_norm(x)[:, -1]
 
     def head_rows(self, z, step, scale, guided, request, draws):
         sampled = self.head(z, step, scale, guided, request, draws)
@@ -113,7 +113,7 @@ class Eager(EagerSampler):
 
     def inputs(self):
         """The module that embeds rows."""
-        return self.mar
+        return self.model
 
     def sample(self, request, draws, clock):
         """Tokens [N, L, C]: one at a time, every row through the trunk once."""
@@ -157,7 +157,7 @@ class CachedBlock(TunedBlock):
         return self.fc2.add(self.fc1(self.norm2(x), "gelu"), x)
 
 
-class Tuned(Eager):
+class Tuned(EagerAR):
     """The same with packed linear layers and the hoisted head; takes blocks and head away to free them."""
 
     def __init__(self, mar, dtype):
@@ -193,4 +193,4 @@ class Tuned(Eager):
         return self.tuned_head.sample(z.to(self.dtype), scale, guided, request, step, draws)
 
 
-SAMPLERS = {"eager": Eager, "tuned": Tuned}
+SAMPLERS = {"eager": EagerAR, "tuned": Tuned}

@@ -10,7 +10,6 @@ out what does not depend on x (embeddings, modulations of all classes and of as 
 the patches once for both halves, and uses packed linear layers.
 """
 
-import contextlib
 import math
 
 import numpy as np
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import device
-from eager import from_table, reverse_step
+from eager import Eager, from_table, reverse_step
 from model import TimeEmbedder, load_into, randomize, read_metadata, read_weights
 from tuned import CUDA_MODULATION_BYTES, MODULATION_BYTES, Packed, TunedHead, attention
 
@@ -194,29 +193,12 @@ def ddim_step(diffusion, out, x, t):
     return x0 * torch.sqrt(prev) + torch.sqrt(1 - prev) * eps
 
 
-class Eager:
-    """The authors' sampling, in float32, or under autocast if dtype is bfloat16."""
-
-    def __init__(self, dit, dtype):
-        self.dit, self.dtype = dit.requires_grad_(True), dtype
-
-    def context(self):
-        stack = contextlib.ExitStack()
-        stack.enter_context(torch.no_grad())
-        if self.dtype == torch.bfloat16:
-            stack.enter_context(torch.autocast(device.kind(), torch.bfloat16))
-        return stack
-
-    def prepare(self, request):
-        """Has autocast cast every weight once. Inside context()."""
-        if self.dtype == torch.bfloat16:
-            for m in self.dit.modules():
-                if isinstance(m, nn.Linear):
-                    m(torch.zeros(1, m.in_features))
+class EagerDiT(Eager):
+    """The authors' sampling."""
 
     def sample(self, request, draws, clock):
         """Latents [n, C, h, w]. Steps outside request.subset are not run and leave x as it is."""
-        dit, n, guided, diffusion = self.dit, request.batch, request.cfg != 1.0, request.diffusion
+        dit, n, guided, diffusion = self.model, request.batch, request.cfg != 1.0, request.diffusion
         null = dit.config["num_classes"]
         y = torch.tensor([null] * n if request.labels is None else request.labels)
         x = draws.initial(0, n, dit.channels, dit.size, dit.size)
@@ -347,4 +329,4 @@ class Tuned:
         return TunedHead.reverse_step(diffusion, t, x, eps, v, noise, 1.0)
 
 
-SAMPLERS = {"eager": Eager, "tuned": Tuned}
+SAMPLERS = {"eager": EagerDiT, "tuned": Tuned}

@@ -42,11 +42,11 @@ def reverse_step(diffusion, model, x, t, noise, temperature):
     return mean + nonzero * torch.exp(0.5 * log_variance) * noise * temperature
 
 
-class EagerSampler:
-    """Samples with a model.MAR in float32, or under autocast if dtype is bfloat16."""
+class Eager:
+    """A model that runs in float32, or under autocast if dtype is bfloat16."""
 
-    def __init__(self, mar, dtype):
-        self.mar = mar.requires_grad_(True)
+    def __init__(self, model, dtype):
+        self.model = model.requires_grad_(True)
         self.dtype = dtype
 
     def context(self):
@@ -60,13 +60,17 @@ class EagerSampler:
     def prepare(self, request):
         """Has autocast cast every weight once, which the authors' run pays in its first iteration. Inside context()."""
         if self.dtype == torch.bfloat16:
-            for m in self.mar.modules():
+            for m in self.model.modules():
                 if isinstance(m, torch.nn.Linear):
                     m(torch.zeros(1, m.in_features))
 
+
+class EagerSampler(Eager):
+    """Samples with a model.MAR."""
+
     def head(self, z, iteration, scale, guided, request, draws):
         """Tokens for the rows of z [R, D], R = 2n with guidance: the whole reverse process."""
-        net, channels = self.mar.diffloss.net, self.mar.channels
+        net, channels = self.model.diffloss.net, self.model.channels
         rows = len(z) // 2 if guided else len(z)
         x = draws.initial(iteration, rows, channels)
         if guided:
@@ -84,7 +88,7 @@ class EagerSampler:
 
     def sample(self, request, draws, clock):
         """Tokens [N, L, C]. Iterations outside request.subset are not run: their tokens become unit normal noise."""
-        mar, n, length, iters = self.mar, request.batch, self.mar.seq_len, request.iters
+        mar, n, length, iters = self.model, request.batch, self.model.seq_len, request.iters
         guided = request.cfg != 1.0
         mask = torch.ones(n, length)
         tokens = torch.zeros(n, length, mar.channels)

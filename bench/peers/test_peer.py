@@ -64,8 +64,8 @@ class Stages(unittest.TestCase):
                 with self.subTest(name, dtype=dtype):
                     s = sampler("eager", dtype)
                     with s.context():
-                        x = s.mar.encode(g["tokens"], g["mask"], g["class_embedding"])
-                        z = s.mar.decode(x, g["mask"])
+                        x = s.model.encode(g["tokens"], g["mask"], g["class_embedding"])
+                        z = s.model.decode(x, g["mask"])
                     self.assertLess(off(x, g["enc_out"]), limit)
                     self.assertLess(off(z, g["dec_out_z"]), limit)
                     s = sampler("tuned", dtype)
@@ -78,7 +78,7 @@ class Stages(unittest.TestCase):
 
     def test_head(self):
         g = golden("mar_diffloss_net")
-        net = sampler("eager", F32).mar.diffloss.net
+        net = sampler("eager", F32).model.diffloss.net
         with torch.no_grad():
             self.assertLess(off(net.time_embed(g["t"]), g["time_embed_out"]), 2e-6)
             self.assertLess(off(net(g["x"], g["t"], g["c"]), g["out"]), 2e-6)

@@ -104,7 +104,7 @@ def recomputed(model, tokens, orders, embedding, request, seed):
     draws, out = RandomDraws(seed), torch.zeros_like(tokens)
     if not model.raster:
         draws.orders(n, length)
-    eager = causal.Eager(model, F32)
+    eager = causal.EagerAR(model, F32)
     for i in range(length):
         scale = cfg_scale(request.cfg, request.cfg_schedule, length, length - i - 1)
         head = eager.head(z[:, i] + model.diffusion_pos_embed_learned[0, orders[:, i].repeat(2)], i, scale, True, request, draws)

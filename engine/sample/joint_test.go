@@ -38,6 +38,10 @@ func tinyJoint(t *testing.T, dev engine.Device, d engine.DType) *dit.Model {
 func TestJointCombinations(t *testing.T) {
 	dev := ref.New(ref.Rounded)
 	m := tinyJoint(t, dev, engine.F32)
+	respacings := []string{"4", "ddim4", "2,1"}
+	if testing.Short() { // under the race detector
+		respacings = respacings[:1]
+	}
 	for _, tok := range tokenizers {
 		e, err := OpenDiT(m, tinyTokenizer(t, dev, engine.F32, tok), dev, Options{Compute: engine.F32})
 		if err != nil {
@@ -46,7 +50,7 @@ func TestJointCombinations(t *testing.T) {
 		defer e.Close()
 		for _, sampler := range []string{DDPM, DDIM} {
 			for _, guided := range []string{"none", GuideThree, GuideAll} {
-				for _, steps := range []string{"4", "ddim4", "2,1"} {
+				for _, steps := range respacings {
 					r := Defaults()
 					r.N, r.Batch, r.Labels, r.Seed, r.Steps, r.Sampler = 3, 3, []int{3, -1, 1}, 11, steps, sampler
 					if guided != "none" {
