@@ -83,9 +83,11 @@ peers: ## install the pinned PyTorch that `margo bench --against pytorch` runs
 	@.ci/setup peers
 	@bench/peers/setup.sh
 
+REPS ?= 3
+
 .PHONY: results
 results: build ## measure MAR, AR and DiT side by side into docs/results (about 20 minutes; on a quiet machine)
-	$(BIN) bench --model mar-base,mar-large,dit-xl/2,ar-raster-base --steps 50,100,250 --subset 8 --reps 3 --interleave \
+	$(BIN) bench --model mar-base,mar-large,dit-xl/2,ar-raster-base --steps 50,100,250 --subset 8 --reps $(REPS) --interleave \
 		--format json --out docs/results/comparison.json --plot docs/results/comparison.png
 	$(BIN) bench --from docs/results/comparison.json --out docs/results/comparison.txt
 
