@@ -22,17 +22,12 @@ func Compare(ctx context.Context, units []Unit, reps int, log func(string)) ([]R
 	type turn struct {
 		unit   Unit
 		side   Side
-		row    *Row
 		memory memoryMeter
 		joules energy
 	}
 	debug.FreeOSMemory() // what earlier cases left
 	var turns []turn
-	total := 0
-	for _, u := range units {
-		total += len(u.Sides)
-	}
-	rows := make([]Row, 0, total)
+	var rows []Row // of each turn
 	for _, u := range units {
 		for _, s := range u.Sides {
 			log(fmt.Sprintf("%s: %s warms up", u.Case.label(), s.Name()))
@@ -42,15 +37,16 @@ func Compare(ctx context.Context, units []Unit, reps int, log func(string)) ([]R
 				return nil, named(s, err)
 			}
 			rows = append(rows, Row{Case: u.Case, Side: s.Name()})
-			turns = append(turns, turn{u, s, &rows[len(rows)-1], m, energyOf(deviceOf(s))})
+			turns = append(turns, turn{u, s, m, energyOf(deviceOf(s))})
 		}
 	}
 	for rep := range reps {
 		for j := range turns {
-			t := turns[j]
+			i := j
 			if rep%2 == 1 {
-				t = turns[len(turns)-1-j]
+				i = len(turns) - 1 - j
 			}
+			t := turns[i]
 			if err := ctx.Err(); err != nil {
 				return nil, engine.Errorf("bench", engine.Cancelled, "%w", err)
 			}
@@ -61,12 +57,12 @@ func Compare(ctx context.Context, units []Unit, reps int, log func(string)) ([]R
 			}
 			r.Joules = used() * scale(t.unit.Case)
 			log(fmt.Sprintf("%s: run %d of %d, %s: %.4g s/image", t.unit.Case.label(), rep+1, reps, t.side.Name(), r.Seconds/float64(t.unit.Case.Batch)))
-			t.row.Runs = append(t.row.Runs, r)
+			rows[i].Runs = append(rows[i].Runs, r)
 		}
 	}
 	if len(units) == 1 { // of several, each holds the others' memory too
-		for _, t := range turns {
-			t.row.MemoryBytes, t.row.DeviceMemory = t.memory.peak()
+		for i, t := range turns {
+			rows[i].MemoryBytes, rows[i].DeviceMemory = t.memory.peak()
 		}
 	}
 	return rows, nil

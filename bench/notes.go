@@ -82,9 +82,7 @@ func (rep *Report) unequal() []string {
 	if len(models) < 2 {
 		return out
 	}
-	if len(kinds) > 1 || len(models) > 1 {
-		out = append(out, "unequal: the models differ in the quality of their images; these are speeds at the settings shown, not at equal FID")
-	}
+	out = append(out, "unequal: the models differ in the quality of their images; these are speeds at the settings shown, not at equal FID")
 	if v := values(func(r *Row) string { return fmt.Sprintf("%d×%d", r.Pixels, r.Pixels) }); len(v) > 1 {
 		out = append(out, "unequal: images have "+strings.Join(v, " and ")+" pixels")
 	}

@@ -25,9 +25,6 @@ type Constants struct {
 
 type span struct{ at, n int }
 
-// constantAlign is what tensors of an Arena are aligned to.
-const constantAlign = arenaAlign
-
 // NewConstants begins a recording.
 func NewConstants() *Constants {
 	return &Constants{seed: maphash.MakeSeed(), known: map[uint64][]span{}}
@@ -84,7 +81,7 @@ func (k *Constants) record(b []byte) {
 	}
 	s := span{len(k.data), len(b)}
 	k.data = append(k.data, b...)
-	for len(k.data)%constantAlign != 0 {
+	for len(k.data)%arenaAlign != 0 {
 		k.data = append(k.data, 0)
 	}
 	k.known[h] = append(k.known[h], s)

@@ -13,7 +13,7 @@ from torch import nn
 
 import device
 from eager import EagerSampler
-from model import Block, DiffLoss, Head, load_into, randomize, read_metadata, read_weights, resolve_config
+from model import MAR, Block, DiffLoss, Head, load, resolve_config
 from schedule import cfg_scale
 from tuned import Norm, Packed, TunedBlock, TunedHead, attention
 
@@ -41,11 +41,7 @@ class CausalMAR(nn.Module):
         self.diffusion_pos_embed_learned = nn.Parameter(torch.zeros(1, self.seq_len, width))
         self.diffloss = DiffLoss(Head(self.channels, c["diffloss_w"], c["diffloss_d"], width))
 
-    def unpatchify(self, tokens):
-        """Tokens [N, L, C] -> latents [N, c, h, w]."""
-        p, c = self.config["patch_size"], self.config["vae_embed_dim"]
-        x = tokens.reshape(len(tokens), self.side, self.side, c, p, p)
-        return x.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), c, self.side * p, self.side * p)
+    unpatchify = MAR.unpatchify
 
     def buffer_rows(self, embedding, following):
         """Class embeddings [N, D] and the first positions [N] -> the trunk's first rows, [N, buffer, D]."""
@@ -61,15 +57,7 @@ class CausalMAR(nn.Module):
 
 
 def load_causal(config, path):
-    """With the weights of a safetensors file, or random ones if path is None."""
-    if path is None:
-        model = CausalMAR(config)
-        randomize(model)
-    else:
-        tensors, _ = read_weights(path)
-        model = CausalMAR(config or read_metadata(path))
-        load_into(model, tensors, path)
-    return model.eval()
+    return load(CausalMAR, config, path)
 
 
 class Cache:
@@ -92,7 +80,7 @@ class EagerAR(EagerSampler):
 
     def cache(self, n):
         m = self.model
-        return Cache(len(m.decoder_blocks), n, m.config["decoder_num_heads"], m.buffer + m.seq_len - 1,
+        return Cache(m.config["decoder_depth"], n, m.config["decoder_num_heads"], m.buffer + m.seq_len - 1,
                      m.config["decoder_embed_dim"], self.dtype)
 
     def trunk(self, x, cache):
@@ -111,13 +99,9 @@ class EagerAR(EagerSampler):
         sampled = self.head(z, step, scale, guided, request, draws)
         return sampled.chunk(2, dim=0)[0] if guided else sampled
 
-    def inputs(self):
-        """The module that embeds rows."""
-        return self.model
-
     def sample(self, request, draws, clock):
         """Tokens [N, L, C]: one at a time, every row through the trunk once."""
-        mar, n, length = self.inputs(), request.batch, self.inputs().seq_len
+        mar, n, length = self.model, request.batch, self.model.seq_len
         guided = request.cfg != 1.0
         orders = torch.arange(length).repeat(n, 1) if mar.raster else draws.orders(n, length)
         embedding = mar.fake_latent.repeat(n, 1) if request.labels is None else mar.class_emb(torch.tensor(request.labels))
@@ -162,7 +146,7 @@ class Tuned(EagerAR):
 
     def __init__(self, mar, dtype):
         mar.requires_grad_(False)
-        self.embedder, self.dtype = mar, dtype
+        self.model, self.dtype = mar, dtype
         self.blocks = [CachedBlock(b, dtype) for b in mar.decoder_blocks]
         self.norm = Norm(mar.decoder_norm, dtype)
         self.tuned_head = TunedHead(mar.diffloss.net, dtype)
@@ -173,14 +157,6 @@ class Tuned(EagerAR):
 
     def prepare(self, request):
         self.tuned_head.time_table(request.diffusion)
-
-    def inputs(self):
-        return self.embedder
-
-    def cache(self, n):
-        m = self.embedder
-        return Cache(len(self.blocks), n, m.config["decoder_num_heads"], m.buffer + m.seq_len - 1,
-                     m.config["decoder_embed_dim"], self.dtype)
 
     def trunk(self, x, cache):
         x = x.to(self.dtype)

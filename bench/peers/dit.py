@@ -19,7 +19,7 @@ from torch import nn
 
 import device
 from eager import Eager, from_table, reverse_step
-from model import TimeEmbedder, load_into, randomize, read_metadata, read_weights
+from model import Attention, Mlp, TimeEmbedder, load
 from tuned import CUDA_MODULATION_BYTES, MODULATION_BYTES, Packed, TunedHead, attention
 
 DEFAULTS = dict(input_size=32, patch_size=2, in_channels=4, mlp_ratio=4.0, num_classes=1000)
@@ -58,27 +58,6 @@ def modulate(x, shift, scale):
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
-class Attention(nn.Module):
-    def __init__(self, width, heads):
-        super().__init__()
-        self.heads = heads
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-
-    def forward(self, x):
-        n, length, width = x.shape
-        q, k, v = self.qkv(x).reshape(n, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, length, width))
-
-
-class Mlp(nn.Module):
-    def __init__(self, width, hidden):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
 class Block(nn.Module):
     """AdaLN-zero: six modulations of SiLU(c) shift, scale and gate both halves of a transformer block."""
 
@@ -87,7 +66,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(width, 1e-6, elementwise_affine=False)
         self.attn = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width, 1e-6, elementwise_affine=False)
-        self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.mlp = Mlp(width, int(width * mlp_ratio), "tanh")
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x, c):
@@ -165,17 +144,7 @@ class DiT(nn.Module):
 
 
 def load_dit(config, path):
-    """A DiT with the weights of a safetensors file, or random ones if path is None."""
-    if path is None:
-        model = DiT(config)
-        table = model.pos_embed.detach().clone()
-        randomize(model)
-        model.pos_embed.data.copy_(table)
-    else:
-        tensors, _ = read_weights(path)
-        model = DiT(config or read_metadata(path))
-        load_into(model, tensors, path)
-    return model.eval()
+    return load(DiT, config, path)
 
 
 def ddim_step(diffusion, out, x, t):
@@ -312,7 +281,7 @@ class Tuned:
                 if request.sampler == "ddim":
                     x = self.ddim_step(diffusion, t, x, eps)
                 else:
-                    x = self.reverse_step(diffusion, t, x, eps, v, draws.step(0, i, *x.shape))
+                    x = TunedHead.reverse_step(diffusion, t, x, eps, v, draws.step(0, i, *x.shape), 1.0)
                 taken = device.now() - started + shared
                 clock.iteration(i, denoiser=taken, total=taken, rows=len(y) * self.side**2)
         return x
@@ -323,10 +292,6 @@ class Tuned:
         of_x = math.sqrt(prev) * diffusion.sqrt_recip_alphas_cumprod[t]
         of_eps = math.sqrt(1 - prev) - math.sqrt(prev) * diffusion.sqrt_recipm1_alphas_cumprod[t]
         return torch.add(x * of_x, eps, alpha=of_eps)
-
-    @staticmethod
-    def reverse_step(diffusion, t, x, eps, v, noise):
-        return TunedHead.reverse_step(diffusion, t, x, eps, v, noise, 1.0)
 
 
 SAMPLERS = {"eager": EagerDiT, "tuned": Tuned}

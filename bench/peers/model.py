@@ -62,13 +62,16 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    def __init__(self, width, hidden):
+    """approximate is that of torch's gelu: "none" (erf) or "tanh"."""
+
+    def __init__(self, width, hidden, approximate="none"):
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
+        self.approximate = approximate
 
     def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))
 
 
 class Block(nn.Module):
@@ -238,7 +241,7 @@ def randomize(module, seed=0):
     norms = {id(p) for m in module.modules() if isinstance(m, (nn.LayerNorm, nn.GroupNorm)) for p in m.parameters()}
     with torch.no_grad():
         for p in module.parameters():
-            if id(p) not in norms:
+            if id(p) not in norms and p.requires_grad:  # the others are tables that the authors compute
                 p.normal_(0, 0.02 if p.dim() < 4 else (2 / p[0].numel()) ** 0.5, generator=generator)
 
 
@@ -262,13 +265,17 @@ def load_into(module, tensors, path, ignore=()):
         raise ValueError(f"{path}: missing {result.missing_keys[:5]}, unexpected {result.unexpected_keys[:5]}")
 
 
-def load_mar(config, path):
-    """A MAR with the weights of a file (its own config fills what `config` leaves open), or random ones if path is None."""
+def load(build, config, path):
+    """build(config) with the weights of a safetensors file, whose own config serves if none is given; random ones if path is None."""
     if path is None:
-        model = MAR(config)
+        model = build(config)
         randomize(model)
     else:
         tensors, metadata = read_weights(path)
-        model = MAR(config or json.loads(metadata.get("config", "{}")))
+        model = build(config or json.loads(metadata.get("config", "{}")))
         load_into(model, tensors, path)
     return model.eval()
+
+
+def load_mar(config, path):
+    return load(MAR, config, path)

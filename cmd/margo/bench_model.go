@@ -131,6 +131,7 @@ func (j *benchJob) subject(name string) (*subject, error) {
 			}
 		}
 	}
+	j.settings(&s.info.Sampling)
 	if s.kind == bench.KindDiT {
 		err = j.ditWork(s)
 	} else {
@@ -153,18 +154,25 @@ func (j *benchJob) subject(name string) (*subject, error) {
 	return s, nil
 }
 
-// marWork checks and takes over the settings of a MAR or AR.
-func (j *benchJob) marWork(s *subject) error {
-	p, m := &s.info.Sampling, s.info.MAR
+// settings puts what flags say over the model's own; what is for another kind of model
+// is not looked at.
+func (j *benchJob) settings(p *checkpoint.Sampling) {
 	if j.c.IsSet("max-timestep") {
 		p.MaxTimestep = j.c.Int("max-timestep")
 	}
 	if j.c.IsSet("cfg") {
 		p.CFG = j.c.Float64("cfg")
 	}
-	if j.c.IsSet("cfg-schedule") {
-		p.CFGSchedule = j.c.String("cfg-schedule")
+	for name, at := range map[string]*string{"cfg-schedule": &p.CFGSchedule, "sampler": &p.Sampler, "cfg-channels": &p.CFGChannels} {
+		if j.c.IsSet(name) {
+			*at = j.c.String(name)
+		}
 	}
+}
+
+// marWork checks and takes over the settings of a MAR or AR.
+func (j *benchJob) marWork(s *subject) error {
+	p, m := s.info.Sampling, s.info.MAR
 	for _, n := range orDefault(j.headSteps, p.HeadSteps) {
 		if n > p.MaxTimestep+1 {
 			return usagef("%d head steps don't fit into timesteps 0 to %d: lower --head-steps or raise --max-timestep", n, p.MaxTimestep)
@@ -185,17 +193,7 @@ func (j *benchJob) marWork(s *subject) error {
 
 // ditWork checks and takes over the settings of a DiT.
 func (j *benchJob) ditWork(s *subject) error {
-	p := &s.info.Sampling
-	if j.c.IsSet("sampler") {
-		p.Sampler = j.c.String("sampler")
-	}
-	if j.c.IsSet("cfg-channels") {
-		p.CFGChannels = j.c.String("cfg-channels")
-	}
-	if j.c.IsSet("cfg") {
-		p.CFG = j.c.Float64("cfg")
-	}
-	for _, steps := range orDefault(j.steps, p.Steps) {
+	for _, steps := range orDefault(j.steps, s.info.Sampling.Steps) {
 		if len(j.modes) > 0 && strings.Contains(steps, ",") {
 			return usagef("%s: --against has evenly spread steps and ddimN, not sections %s", s.name, steps)
 		}

@@ -212,6 +212,11 @@ func writeMask(t *testing.T, path string, side, from int) {
 	for i := from * side; i < len(m.Pix); i++ {
 		m.Pix[i] = 255
 	}
+	writePNG(t, path, m)
+}
+
+func writePNG(t *testing.T, path string, m image.Image) {
+	t.Helper()
 	f, err := os.Create(path)
 	if err != nil {
 		t.Fatal(err)
@@ -229,14 +234,7 @@ func writeGray(t *testing.T, dir string, v uint8) string {
 		m.Pix[i] = v
 	}
 	path := filepath.Join(dir, fmt.Sprintf("gray%d.png", v))
-	f, err := os.Create(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	if err := png.Encode(f, m); err != nil {
-		t.Fatal(err)
-	}
+	writePNG(t, path, m)
 	return path
 }
 

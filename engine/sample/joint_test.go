@@ -9,7 +9,6 @@ import (
 	"margo/engine"
 	"margo/engine/checkpoint"
 	"margo/engine/dit"
-	"margo/engine/load"
 	"margo/engine/ref"
 )
 
@@ -25,10 +24,7 @@ func tinyJoint(t *testing.T, dev engine.Device, d engine.DType) *dit.Model {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := load.Random(engine.Params(m), dev, d, 5); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { load.Free(engine.Params(m)) })
+	randomWeights(t, engine.Params(m), dev, d, 5)
 	return m
 }
 

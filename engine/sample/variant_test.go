@@ -17,6 +17,15 @@ import (
 	"margo/engine/tokenizer"
 )
 
+// randomWeights gives parameters values until the test ends.
+func randomWeights(t *testing.T, params []engine.NamedParam, dev engine.Device, d engine.DType, seed uint64) {
+	t.Helper()
+	if err := load.Random(params, dev, d, seed); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { load.Free(params) })
+}
+
 // tinyVariant is a model of 9 tokens, with random weights.
 func tinyVariant(t *testing.T, dev engine.Device, d engine.DType, change func(*mar.Config)) *mar.Model {
 	t.Helper()
@@ -32,10 +41,7 @@ func tinyVariant(t *testing.T, dev engine.Device, d engine.DType, change func(*m
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := load.Random(engine.Params(m), dev, d, 5); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { load.Free(engine.Params(m)) })
+	randomWeights(t, engine.Params(m), dev, d, 5)
 	return m
 }
 
@@ -55,10 +61,7 @@ func tinyTokenizer(t *testing.T, dev engine.Device, d engine.DType, kind string)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := load.Random(engine.Params(tok), dev, d, 6); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { load.Free(engine.Params(tok)) })
+	randomWeights(t, engine.Params(tok), dev, d, 6)
 	return tok
 }
 
