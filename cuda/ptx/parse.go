@@ -6,6 +6,7 @@ import (
 	"sort"
 	"strconv"
 	"strings"
+	"sync"
 )
 
 // Module is one file of PTX: the text of its kernels, which are parsed when first launched.
@@ -13,6 +14,7 @@ type Module struct {
 	lines   []string
 	entries map[string][2]int // name → first line of its header, and the line after its body (both from 0)
 	dynamic map[string]bool   // extern shared arrays
+	mu      sync.Mutex
 	kernels map[string]*Kernel
 }
 
@@ -120,6 +122,8 @@ next:
 	if len(found) != 1 {
 		return nil, fmt.Errorf("ptx: %d kernels have %q in their names, not one: %v", len(found), parts, found)
 	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
 	if k := m.kernels[found[0]]; k != nil {
 		return k, nil
 	}

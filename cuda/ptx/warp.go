@@ -264,9 +264,11 @@ func ldmatrix(in *instr, mods []string, t string) error {
 	in.together(nil, func(w *warp, _ uint32) error {
 		var rows [32][]byte
 		for l := range 8 * n {
-			if rows[l], err = w.at("shared", in.args[1].get(w, l), 16, 16, l); err != nil {
+			row, err := w.at("shared", in.args[1].get(w, l), 16, 16, l)
+			if err != nil {
 				return fmt.Errorf("lane %d: %w", l, err)
 			}
+			rows[l] = row
 		}
 		element := func(i, r, c int) uint64 { return load(rows[8*i+r][2*c : 2*c+2]) }
 		for l := range 32 {
