@@ -53,6 +53,11 @@ cuda: ## build bin/libmargo_cuda.so with nvcc (about 10 minutes on 2 cores)
 cuda-gate: cuda ## check registers, spills and tensor-core instructions of what make cuda built
 	@kernels/gate.sh "$(dir $(NVCC))cuobjdump" .build/cuda
 
+.PHONY: abi-check
+abi-check: ## compare our prototypes of cuBLASLt, NCCL and NVML with NVIDIA's headers and libraries (750 MB, pinned)
+	@.ci/setup cuda
+	@kernels/abi/check.sh "$(CURDIR)/.abi"
+
 .PHONY: budget budget-check
 budget: cuda ## write kernels/BUDGET.md: instructions of the main loops, roofline estimate
 	@kernels/budget.sh "$(dir $(NVCC))cuobjdump" .build/cuda

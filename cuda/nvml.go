@@ -34,8 +34,15 @@ type Health struct {
 }
 
 // throttle names the bits of nvmlDeviceGetCurrentClocksEventReasons.
-var throttle = []string{"idle", "application clocks", "software power cap", "hardware slowdown", "sync boost", "software thermal slowdown",
-	"hardware thermal slowdown", "power brake", "display clocks"}
+var throttle = []struct {
+	bit  uint64
+	name string
+}{
+	{C.NV_WHY_IDLE, "idle"}, {C.NV_WHY_APPLICATION, "application clocks"}, {C.NV_WHY_SW_POWER, "software power cap"},
+	{C.NV_WHY_HW_SLOWDOWN, "hardware slowdown"}, {C.NV_WHY_SYNC_BOOST, "sync boost"}, {C.NV_WHY_SW_THERMAL, "software thermal slowdown"},
+	{C.NV_WHY_HW_THERMAL, "hardware thermal slowdown"}, {C.NV_WHY_POWER_BRAKE, "power brake"}, {C.NV_WHY_DISPLAY, "display clocks"},
+	{C.NV_WHY_BOARD, "board limit"}, {C.NV_WHY_RELIABILITY, "reliability limit"},
+}
 
 // Health asks NVML, which comes with the driver. The error, Unsupported or
 // DeviceFault, says why it cannot tell; an emulated device has no NVML.
@@ -57,7 +64,7 @@ func readHealth(library, pci string) (*Health, error) {
 	text := make([]byte, 512)
 	if code := C.m_nvml_read(lib, bus, &r, (*C.char)(unsafe.Pointer(&text[0])), C.size_t(len(text))); code != 0 {
 		kind := engine.Unsupported
-		if code > 0 && code != 3 { // 3: not supported
+		if code > 0 && code != C.NV_NOT_SUPPORTED {
 			kind = engine.DeviceFault
 		}
 		return nil, engine.Errorf(op, kind, "%s", cString(text))
@@ -76,13 +83,14 @@ func readHealth(library, pci string) (*Health, error) {
 		Throttle: []string{}}
 	if r.have>>C.NV_THROTTLE&1 != 0 {
 		bits := uint64(r.v[C.NV_THROTTLE])
-		for i, name := range throttle {
-			if bits>>i&1 != 0 {
-				h.Throttle = append(h.Throttle, name)
+		for _, why := range throttle {
+			if bits&why.bit != 0 {
+				h.Throttle = append(h.Throttle, why.name)
+				bits &^= why.bit
 			}
 		}
-		if rest := bits >> len(throttle) << len(throttle); rest != 0 {
-			h.Throttle = append(h.Throttle, fmt.Sprintf("reasons %#x", rest))
+		if bits != 0 {
+			h.Throttle = append(h.Throttle, fmt.Sprintf("reasons %#x", bits))
 		}
 	}
 	return h, nil

@@ -26,70 +26,88 @@ typedef struct m_health {
 	uint64_t v[NV_VALUES];
 } m_health;
 
+// What is used of nvml.h, as facts; `make abi-check` compares them with the real header. An enumeration is
+// passed like an int, a device is a pointer to what only NVML knows.
+// F(result, name, arguments)
+#define M_NVML(F)                                                                                                    \
+	F(int, nvmlInit_v2, (void))                                                                                      \
+	F(int, nvmlShutdown, (void))                                                                                     \
+	F(const char *, nvmlErrorString, (int))                                                                          \
+	F(int, nvmlSystemGetDriverVersion, (char *, uint32_t bytes))                                                     \
+	F(int, nvmlDeviceGetHandleByPciBusId_v2, (const char *, void **))                                                \
+	F(int, nvmlDeviceGetUtilizationRates, (void *, m_nvml_busy *))                                                   \
+	F(int, nvmlDeviceGetMemoryInfo, (void *, m_nvml_memory *))                                                       \
+	F(int, nvmlDeviceGetTotalEnergyConsumption, (void *, unsigned long long *))                                      \
+	F(int, nvmlDeviceGetCurrentClocksEventReasons, (void *, unsigned long long *))                                   \
+	F(int, nvmlDeviceGetCurrentClocksThrottleReasons, (void *, unsigned long long *)) /* its name before driver 535 */ \
+	F(int, nvmlDeviceGetPowerUsage, (void *, uint32_t *))                                                            \
+	F(int, nvmlDeviceGetEnforcedPowerLimit, (void *, uint32_t *))                                                    \
+	F(int, nvmlDeviceGetClockInfo, (void *, int domain, uint32_t *))                                                 \
+	F(int, nvmlDeviceGetMaxClockInfo, (void *, int domain, uint32_t *))                                              \
+	F(int, nvmlDeviceGetTemperature, (void *, int sensor, uint32_t *))
+typedef struct m_nvml_memory { unsigned long long total, free, used; } m_nvml_memory;
+typedef struct m_nvml_busy { uint32_t gpu, memory; } m_nvml_busy;
+#define M_F(result, name, arguments) typedef result(*m_##name) arguments;
+M_NVML(M_F)
+#undef M_F
+enum { NV_NOT_SUPPORTED = 3, NV_CLOCK_SM = 1, NV_CLOCK_MEM = 2, NV_SENSOR_CHIP = 0 };
+enum { // why clocks are held
+	NV_WHY_IDLE = 1, NV_WHY_APPLICATION = 2, NV_WHY_SW_POWER = 4, NV_WHY_HW_SLOWDOWN = 8, NV_WHY_SYNC_BOOST = 16,
+	NV_WHY_SW_THERMAL = 32, NV_WHY_HW_THERMAL = 64, NV_WHY_POWER_BRAKE = 128, NV_WHY_DISPLAY = 256,
+	NV_WHY_BOARD = 512, NV_WHY_RELIABILITY = 1024
+};
+
 // m_nvml_read fills *out for the device at a PCI address; 0, or NVML's error code (-1: no
 // library, or none that is NVML) with a text in err. Each call opens NVML and closes it: the
 // library counts its users, and margo keeps no state of it.
 static inline int m_nvml_read(const char *library, const char *pci, m_health *out, char *err, size_t bytes) {
-	typedef struct { uint64_t total, free, used; } memory;
-	typedef struct { uint32_t gpu, memory; } busy;
 	void *h = dlopen(library, RTLD_NOW | RTLD_LOCAL);
 	if (!h) {
 		snprintf(err, bytes, "%s", dlerror());
 		return -1;
 	}
-	int (*init)(void) = (int (*)(void))dlsym(h, "nvmlInit_v2");
-	int (*shutdown)(void) = (int (*)(void))dlsym(h, "nvmlShutdown");
-	const char *(*text)(int) = (const char *(*)(int))dlsym(h, "nvmlErrorString");
-	int (*driver)(char *, uint32_t) = (int (*)(char *, uint32_t))dlsym(h, "nvmlSystemGetDriverVersion");
-	int (*find)(const char *, void **) = (int (*)(const char *, void **))dlsym(h, "nvmlDeviceGetHandleByPciBusId_v2");
-	if (!init || !shutdown || !text || !driver || !find) {
+#define M_F(result, name, arguments) m_##name name = (m_##name)dlsym(h, #name);
+	M_NVML(M_F)
+#undef M_F
+	if (!nvmlInit_v2 || !nvmlShutdown || !nvmlErrorString || !nvmlSystemGetDriverVersion || !nvmlDeviceGetHandleByPciBusId_v2) {
 		snprintf(err, bytes, "%s lacks functions of NVML", library);
 		dlclose(h);
 		return -1;
 	}
-	int r = init();
+	int r = nvmlInit_v2();
 	if (r) {
-		snprintf(err, bytes, "nvmlInit: %s (%d)", text(r), r);
+		snprintf(err, bytes, "nvmlInit: %s (%d)", nvmlErrorString(r), r);
 		dlclose(h);
 		return r;
 	}
 	void *d = 0;
-	if ((r = driver(out->driver, sizeof out->driver)) || (r = find(pci, &d))) {
-		snprintf(err, bytes, "%s of %s: %s (%d)", !out->driver[0] ? "driver version" : "handle", pci, text(r), r);
-		shutdown();
+	if ((r = nvmlSystemGetDriverVersion(out->driver, sizeof out->driver)) || (r = nvmlDeviceGetHandleByPciBusId_v2(pci, &d))) {
+		snprintf(err, bytes, "%s of %s: %s (%d)", !out->driver[0] ? "driver version" : "handle", pci, nvmlErrorString(r), r);
+		nvmlShutdown();
 		dlclose(h);
 		return r;
 	}
 #define NV_SET(place, value) (out->v[place] = (value), out->have |= 1u << (place))
-	int (*usage)(void *, busy *) = (int (*)(void *, busy *))dlsym(h, "nvmlDeviceGetUtilizationRates");
-	busy b = {0, 0};
-	if (usage && !usage(d, &b)) NV_SET(NV_GPU_BUSY, b.gpu), NV_SET(NV_MEMORY_BUSY, b.memory);
-	int (*mem)(void *, memory *) = (int (*)(void *, memory *))dlsym(h, "nvmlDeviceGetMemoryInfo");
-	memory m = {0, 0, 0};
-	if (mem && !mem(d, &m)) NV_SET(NV_MEMORY_USED, m.used);
-	uint64_t wide = 0;
-	int (*energy)(void *, uint64_t *) = (int (*)(void *, uint64_t *))dlsym(h, "nvmlDeviceGetTotalEnergyConsumption");
-	if (energy && !energy(d, &wide)) NV_SET(NV_ENERGY, wide);
-	int (*why)(void *, uint64_t *) = (int (*)(void *, uint64_t *))dlsym(h, "nvmlDeviceGetCurrentClocksEventReasons");
-	if (!why) why = (int (*)(void *, uint64_t *))dlsym(h, "nvmlDeviceGetCurrentClocksThrottleReasons"); // its name before driver 535
-	if (why && !why(d, &wide)) NV_SET(NV_THROTTLE, wide);
+	m_nvml_busy b = {0, 0};
+	if (nvmlDeviceGetUtilizationRates && !nvmlDeviceGetUtilizationRates(d, &b)) NV_SET(NV_GPU_BUSY, b.gpu), NV_SET(NV_MEMORY_BUSY, b.memory);
+	m_nvml_memory m = {0, 0, 0};
+	if (nvmlDeviceGetMemoryInfo && !nvmlDeviceGetMemoryInfo(d, &m)) NV_SET(NV_MEMORY_USED, m.used);
+	unsigned long long wide = 0;
+	if (nvmlDeviceGetTotalEnergyConsumption && !nvmlDeviceGetTotalEnergyConsumption(d, &wide)) NV_SET(NV_ENERGY, wide);
+	if (!nvmlDeviceGetCurrentClocksEventReasons) nvmlDeviceGetCurrentClocksEventReasons = nvmlDeviceGetCurrentClocksThrottleReasons;
+	if (nvmlDeviceGetCurrentClocksEventReasons && !nvmlDeviceGetCurrentClocksEventReasons(d, &wide)) NV_SET(NV_THROTTLE, wide);
 	uint32_t v = 0;
-	int (*one)(void *, uint32_t *) = (int (*)(void *, uint32_t *))dlsym(h, "nvmlDeviceGetPowerUsage");
-	if (one && !one(d, &v)) NV_SET(NV_POWER, v);
-	one = (int (*)(void *, uint32_t *))dlsym(h, "nvmlDeviceGetEnforcedPowerLimit");
-	if (one && !one(d, &v)) NV_SET(NV_POWER_LIMIT, v);
-	// Of a domain: clocks 1 (SM) and 2 (memory); temperature sensor 0 (the chip).
-	static const struct { const char *name; uint32_t domain; int place; } by_domain[] = {
-		{"nvmlDeviceGetClockInfo", 1, NV_SM_CLOCK}, {"nvmlDeviceGetMaxClockInfo", 1, NV_SM_CLOCK_MAX},
-		{"nvmlDeviceGetClockInfo", 2, NV_MEMORY_CLOCK}, {"nvmlDeviceGetMaxClockInfo", 2, NV_MEMORY_CLOCK_MAX},
-		{"nvmlDeviceGetTemperature", 0, NV_TEMPERATURE},
+	if (nvmlDeviceGetPowerUsage && !nvmlDeviceGetPowerUsage(d, &v)) NV_SET(NV_POWER, v);
+	if (nvmlDeviceGetEnforcedPowerLimit && !nvmlDeviceGetEnforcedPowerLimit(d, &v)) NV_SET(NV_POWER_LIMIT, v);
+	const struct { int (*get)(void *, int, uint32_t *); int of, place; } by_domain[] = {
+		{nvmlDeviceGetClockInfo, NV_CLOCK_SM, NV_SM_CLOCK}, {nvmlDeviceGetMaxClockInfo, NV_CLOCK_SM, NV_SM_CLOCK_MAX},
+		{nvmlDeviceGetClockInfo, NV_CLOCK_MEM, NV_MEMORY_CLOCK}, {nvmlDeviceGetMaxClockInfo, NV_CLOCK_MEM, NV_MEMORY_CLOCK_MAX},
+		{nvmlDeviceGetTemperature, NV_SENSOR_CHIP, NV_TEMPERATURE},
 	};
-	for (size_t i = 0; i < sizeof by_domain / sizeof by_domain[0]; i++) {
-		int (*get)(void *, uint32_t, uint32_t *) = (int (*)(void *, uint32_t, uint32_t *))dlsym(h, by_domain[i].name);
-		if (get && !get(d, by_domain[i].domain, &v)) NV_SET(by_domain[i].place, v);
-	}
+	for (size_t i = 0; i < sizeof by_domain / sizeof by_domain[0]; i++)
+		if (by_domain[i].get && !by_domain[i].get(d, by_domain[i].of, &v)) NV_SET(by_domain[i].place, v);
 #undef NV_SET
-	shutdown();
+	nvmlShutdown();
 	dlclose(h);
 	return 0;
 }
