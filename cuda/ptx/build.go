@@ -129,30 +129,31 @@ func (in *instr) compute(op string, mods []string, t string) error {
 	} else if f, err = arithmetic(op, mods, t); err != nil {
 		return err
 	}
-	types := [3]string{t, t, t}
-	result := t
+	own := shapeOf(t)
+	types, result := [3]shape{own, own, own}, own
 	wide := len(mods) == 1 && mods[0] == "wide"
 	switch {
 	case op == "shl" || op == "shr":
-		types[1] = "u32"
+		types[1] = shapeOf("u32")
 	case op == "bfe":
-		types[1], types[2] = "u32", "u32"
+		types[1], types[2] = shapeOf("u32"), shapeOf("u32")
 	case op == "popc" || op == "clz":
-		result = "u32"
+		result = shapeOf("u32")
 	case wide:
-		result = map[string]string{"u16": "u32", "s16": "s32", "u32": "u64", "s32": "s64"}[t]
-		types[2] = result
-		if result == "" {
+		double := map[string]string{"u16": "u32", "s16": "s32", "u32": "u64", "s32": "s64"}[t]
+		if double == "" {
 			return errUnknown
 		}
+		result = shapeOf(double)
+		types[2] = result
 	}
 	args := in.args[1 : 1+n]
 	in.run = each(func(w *warp, l int) error {
 		var v [3]uint64
 		for i := range args {
-			v[i] = norm(types[i], args[i].get(w, l))
+			v[i] = types[i].norm(args[i].get(w, l))
 		}
-		w.regs[d.reg*32+l] = norm(result, f(v[0], v[1], v[2]))
+		w.regs[d.reg*32+l] = result.norm(f(v[0], v[1], v[2]))
 		return nil
 	})
 	return nil
@@ -160,6 +161,7 @@ func (in *instr) compute(op string, mods []string, t string) error {
 
 // bfi: d, a, b, position, length: a's low bits put into b. Bits beyond the width fall away.
 func (in *instr) bfi(mods []string, t string) error {
+	own := shapeOf(t)
 	if len(mods) != 0 || t != "b32" && t != "b64" {
 		return errUnknown
 	}
@@ -167,7 +169,7 @@ func (in *instr) bfi(mods []string, t string) error {
 		a, b := in.args[1].get(w, l), in.args[2].get(w, l)
 		pos, n := min(in.args[3].get(w, l)&0xff, 64), min(in.args[4].get(w, l)&0xff, 64)
 		field := (uint64(1)<<n - 1) << pos
-		w.regs[in.args[0].reg*32+l] = norm(t, a<<pos&field|b&^field)
+		w.regs[in.args[0].reg*32+l] = own.norm(a<<pos&field | b&^field)
 		return nil
 	})
 	return in.want(5)
@@ -201,6 +203,7 @@ func access(mods []string) (space string, n int, err error) {
 }
 
 func (in *instr) load(mods []string, t string) error {
+	own := shapeOf(t)
 	space, n, err := access(mods)
 	if err != nil || t == "" || len(in.args) != 2 {
 		return fmt.Errorf("unknown form of ld (%v)", err)
@@ -215,7 +218,7 @@ func (in *instr) load(mods []string, t string) error {
 			return err
 		}
 		for i := range d {
-			w.regs[d[i].reg*32+l] = norm(t, load(b[i*size:(i+1)*size]))
+			w.regs[d[i].reg*32+l] = own.norm(load(b[i*size : (i+1)*size]))
 		}
 		return nil
 	})
@@ -246,6 +249,7 @@ func (in *instr) store(mods []string, t string) error {
 
 // mov moves, packs and unpacks.
 func (in *instr) mov(mods []string, t string) error {
+	own := shapeOf(t)
 	if len(mods) != 0 || t == "" || len(in.args) != 2 {
 		return errUnknown
 	}
@@ -253,9 +257,10 @@ func (in *instr) mov(mods []string, t string) error {
 	if len(d) > 1 && len(s) > 1 {
 		return errUnknown
 	}
+	bits := 8 * sizes[t]
 	in.run = each(func(w *warp, l int) error {
 		v := uint64(0)
-		part := 8 * sizes[t] / len(s)
+		part := bits / len(s)
 		for i := range s {
 			x := s[i].get(w, l)
 			if len(s) > 1 {
@@ -263,13 +268,13 @@ func (in *instr) mov(mods []string, t string) error {
 			}
 			v |= x << (part * i)
 		}
-		part = 8 * sizes[t] / len(d)
+		part = bits / len(d)
 		for i := range d {
 			x := v >> (part * i)
 			if len(d) > 1 {
 				x &= 1<<part - 1
 			}
-			w.regs[d[i].reg*32+l] = norm(t, x)
+			w.regs[d[i].reg*32+l] = own.norm(x)
 		}
 		return nil
 	})
@@ -357,6 +362,7 @@ func compare(name, t string) func(a, b uint64) bool {
 }
 
 func (in *instr) setp(mods []string, t string) error {
+	own := shapeOf(t)
 	if t == "" || len(mods) == 0 || len(in.args) < 3 {
 		return errUnknown
 	}
@@ -370,7 +376,7 @@ func (in *instr) setp(mods []string, t string) error {
 		return errUnknown
 	}
 	in.run = each(func(w *warp, l int) error {
-		a, b := norm(t, in.args[1].get(w, l)), norm(t, in.args[2].get(w, l))
+		a, b := own.norm(in.args[1].get(w, l)), own.norm(in.args[2].get(w, l))
 		if m["ftz"] {
 			a, b = flush(true, a), flush(true, b)
 		}
@@ -429,12 +435,12 @@ func (in *instr) cvt(mods []string, s string) error {
 		})
 		return in.want(3)
 	}
-	f := convert(d, s, m)
+	f, from, to := convert(d, s, m), shapeOf(s), shapeOf(d)
 	if f == nil {
 		return errUnknown
 	}
 	in.run = each(func(w *warp, l int) error {
-		w.regs[in.args[0].reg*32+l] = norm(d, f(norm(s, in.args[1].get(w, l))))
+		w.regs[in.args[0].reg*32+l] = to.norm(f(from.norm(in.args[1].get(w, l))))
 		return nil
 	})
 	return in.want(2)
@@ -524,6 +530,7 @@ func convert(d, s string, m map[string]bool) func(v uint64) uint64 {
 }
 
 func (in *instr) atomic(mods []string, t string) error {
+	own := shapeOf(t)
 	space, op := "", ""
 	for _, m := range mods {
 		switch m {
@@ -565,11 +572,11 @@ func (in *instr) atomic(mods []string, t string) error {
 		if err != nil {
 			return err
 		}
-		old, c := norm(t, load(b)), uint64(0)
+		old, c := own.norm(load(b)), uint64(0)
 		if op == "cas" {
-			c = norm(t, args[2].get(w, l))
+			c = own.norm(args[2].get(w, l))
 		}
-		store(b, f(old, norm(t, args[1].get(w, l)), c))
+		store(b, f(old, own.norm(args[1].get(w, l)), c))
 		if d >= 0 {
 			w.regs[d*32+l] = old
 		}

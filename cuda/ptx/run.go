@@ -130,6 +130,9 @@ func (g *grid) newBlock(id [3]int) *block {
 	b.threads = d[0] * d[1] * d[2]
 	for i := 0; i < b.threads; i += 32 {
 		w := &warp{block: b, index: i / 32, regs: make([]uint64, g.k.regs*32)}
+		for r := range w.regs {
+			w.regs[r] = math.MaxUint64
+		}
 		for l := range 32 {
 			if i+l >= b.threads {
 				w.state[l] = exited
@@ -230,7 +233,14 @@ func (w *warp) step() (bool, error) {
 	if in.guard >= 0 {
 		act = 0
 		for l := range 32 {
-			if lanes>>l&1 != 0 && (w.regs[in.guard*32+l] != 0) != in.unless {
+			if lanes>>l&1 == 0 {
+				continue
+			}
+			p := w.regs[in.guard*32+l]
+			if p > 1 {
+				return false, fmt.Errorf("line %d: %s: block %v, warp %d, lane %d: the predicate was never written", in.line, in.text, w.block.id, w.index, l)
+			}
+			if (p != 0) != in.unless {
 				act |= 1 << l
 			}
 		}

@@ -52,27 +52,27 @@ func (w *warp) special(name string, lane int) uint64 {
 	return uint64(g.steps) // %globaltimer, %clock64: time is counted in steps
 }
 
-// norm brings a register's bits to a type: sign or zero extended.
-func norm(t string, v uint64) uint64 {
-	switch t {
-	case "s8":
-		return uint64(int64(int8(v)))
-	case "s16":
-		return uint64(int64(int16(v)))
-	case "s32":
-		return uint64(int64(int32(v)))
-	case "pred":
-		return v & 1
+// shape says how a type lies in a register: norm brings bits to it, sign or zero extended.
+type shape struct {
+	unused uint8 // upper bits
+	signed bool
+}
+
+func shapeOf(t string) shape {
+	switch {
+	case t == "pred":
+		return shape{unused: 63}
+	case sizes[t] == 0:
+		return shape{}
 	}
-	switch sizes[t] {
-	case 1:
-		return v & 0xff
-	case 2:
-		return v & 0xffff
-	case 4:
-		return v & 0xffffffff
+	return shape{uint8(64 - 8*sizes[t]), t[0] == 's'}
+}
+
+func (s shape) norm(v uint64) uint64 {
+	if s.signed {
+		return uint64(int64(v<<s.unused) >> s.unused)
 	}
-	return v
+	return v << s.unused >> s.unused
 }
 
 var errUnknown = fmt.Errorf("unknown instruction")

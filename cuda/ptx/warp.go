@@ -84,7 +84,7 @@ func shfl(in *instr, mods []string, t string) error {
 			if lanes>>from&1 == 0 {
 				return fmt.Errorf("lane %d reads lane %d, which is not there", l, from)
 			}
-			out[l] = norm(t, in.args[1].get(w, from))
+			out[l] = shapeOf(t).norm(in.args[1].get(w, from))
 		}
 		for l := range 32 {
 			if lanes>>l&1 != 0 {

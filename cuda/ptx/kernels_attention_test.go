@@ -1,0 +1,178 @@
+package ptx
+
+import (
+	"math"
+	"math/rand/v2"
+	"strings"
+	"testing"
+
+	"margo/engine"
+)
+
+// attentionCall is a call of Attention in one of the kernels.
+type attentionCall struct {
+	d       engine.DType
+	dh      int
+	heads   int
+	queries []int32
+	keys    []int32
+	causal  bool
+	paged   bool
+	nan     bool    // the last key of each sequence is NaN: spoils who sees it, and nobody else
+	scale   float32 // 0: 1/√dh
+	rows    int     // queries of a block
+	threads int
+	shared  int
+	decode  bool
+}
+
+const cacheBlock = 16 // keys of a block of the cache
+
+func sums(n []int32) []int32 {
+	off := []int32{0}
+	for _, v := range n {
+		off = append(off, off[len(off)-1]+v)
+	}
+	return off
+}
+
+func (a attentionCall) run(t *testing.T, m *Module, name string) {
+	t.Helper()
+	p, f := a.launched(t, m, name)
+	p.verify(f)
+}
+
+func (a attentionCall) launched(t *testing.T, m *Module, name string) (*problem, call) {
+	t.Helper()
+	qoff, koff := sums(a.queries), sums(a.keys)
+	seqs, width := len(a.queries), a.heads*a.dh
+	if a.scale == 0 {
+		a.scale = float32(1 / math.Sqrt(float64(a.dh)))
+	}
+	// The table of blocks goes backwards, with a block of nobody between two.
+	rows, perSeq := int(koff[seqs]), 0
+	var table []int32
+	owned := map[int]bool{} // rows of the cache that hold keys
+	last := map[int]bool{}
+	if a.paged {
+		for _, k := range a.keys {
+			perSeq = max(perSeq, (int(k)+cacheBlock-1)/cacheBlock)
+		}
+		count := int32(2*seqs*perSeq + 1)
+		rows = int(count) * cacheBlock
+		for s, k := range a.keys {
+			for b := range perSeq {
+				table = append(table, count-1-int32(2*(s*perSeq+b)))
+				for j := b * cacheBlock; j < min((b+1)*cacheBlock, int(k)); j++ {
+					row := int(table[len(table)-1])*cacheBlock + j%cacheBlock
+					owned[row], last[row] = true, j == int(k)-1
+				}
+			}
+		}
+	} else {
+		for r := range rows {
+			owned[r] = true
+		}
+		for _, o := range koff[1:] {
+			last[int(o)-1] = true
+		}
+	}
+	key := func(r *rand.Rand, i int) float32 {
+		v := float32(r.NormFloat64())
+		if row := i / width; !owned[row] || a.nan && last[row] {
+			return float32(math.NaN())
+		}
+		return v
+	}
+	p := newProblem(t)
+	p.gap = 8
+	q, k, v := p.in(a.d, normal(1), int(qoff[seqs]), width), p.in(a.d, key, rows, width), p.in(a.d, key, rows, width)
+	o := p.out(a.d, int(qoff[seqs]), width)
+	p.gap = 0
+	pq, pk := p.in(engine.I32, fixed(qoff...), seqs+1), p.in(engine.I32, fixed(koff...), seqs+1)
+	var blocks *operandOf
+	at, blockCount, causal := uint64(0), 0, int32(0)
+	if a.paged {
+		blocks = p.in(engine.I32, fixed(table...), seqs, perSeq)
+		at, blockCount = blocks.at, rows/cacheBlock
+	}
+	if a.causal {
+		causal = 1
+	}
+	bad := p.mem.U32([]uint32{0})
+	most := int32(0)
+	for _, n := range a.queries {
+		most = max(most, n)
+	}
+	l := Launch{Grid: [3]int{(int(most) + a.rows - 1) / a.rows, a.heads, seqs}, Block: [3]int{a.threads}, Shared: a.shared,
+		Args: []any{args(q.at, k.at, v.at, o.at, pq.at, pk.at, int32(q.ld), int32(k.ld), int32(v.ld), int32(o.ld), int32(a.dh), causal, a.scale,
+			at, int32(perSeq), int32(cacheBlock), int32(blockCount), bad)}}
+	if a.decode {
+		l.Grid = [3]int{a.heads, seqs, 1}
+	}
+	launch(t, m, p.mem, l, name)
+	if e := words(t, p.mem, bad, 1)[0]; e != 0 {
+		t.Errorf("the error word is %d", e)
+	}
+	return p, func(s engine.Stream, at func(*operandOf) *engine.Tensor) error {
+		c := engine.AttentionArgs{Q: at(q), K: at(k), V: at(v), O: at(o), Heads: a.heads, Scale: a.scale, Causal: a.causal,
+			QOff: at(pq), KOff: at(pk), QOffHost: qoff, KOffHost: koff}
+		if a.paged {
+			c.Blocks, c.BlockSize = at(blocks), cacheBlock
+		}
+		return s.Attention(c)
+	}
+}
+
+// attentionPlan reads the plan of a bf16 kernel: D and the block's threads, rows and shared memory as attention_mma.cuh says.
+func attentionPlan(name string) (a attentionCall) {
+	n, _ := tile(name)
+	d, keys, strips, split := n[0], n[1], n[2], n[3]
+	pitch := d
+	if d/8%2 == 0 {
+		pitch = d + 8
+	}
+	a = attentionCall{d: engine.BF16, dh: d, rows: 16 * strips, threads: 32 * strips * split, shared: 2 * pitch * (16*strips + 4*keys)}
+	flags := strings.Split(name, "Lb")
+	if flags[1][0] == '0' { // no copies of 16 bytes
+		a.dh = d - 3
+	}
+	a.paged = flags[2][0] == '1'
+	return a
+}
+
+// both runs two heads: two tiles of keys, the second cut, for a strip more than whole, and a sequence that is almost empty. Then one
+// causal, with a negative scale and a last key of NaN.
+func (a attentionCall) both(t *testing.T, m *Module, name string) {
+	t.Helper()
+	a.heads, a.queries, a.keys = 2, []int32{19, 0, 3}, []int32{70, 4, 9}
+	a.run(t, m, name)
+	a.causal, a.nan, a.scale = true, true, -0.1
+	a.heads, a.queries, a.keys = 1, []int32{35}, []int32{67}
+	a.run(t, m, name)
+}
+
+// attentionKernel runs a bf16 kernel of attention.cu or attention_paged.cu.
+func attentionKernel(t *testing.T, m *Module, name string) {
+	a := attentionPlan(name)
+	a.both(t, m, name)
+}
+
+// attentionF32Kernel does the same with the kernels of attention_f32.cu.
+func attentionF32Kernel(t *testing.T, m *Module, name string) {
+	n, paged := tile(name)
+	a := attentionCall{d: engine.F32, dh: 64*n[0] - 14, paged: paged, rows: 64, threads: 256, shared: 2 * 64 * 68 * 4}
+	a.both(t, m, name)
+}
+
+// attentionDecodeKernel runs sequences of one query beside one that other kernels do.
+func attentionDecodeKernel(t *testing.T, m *Module, name string) {
+	w := template(t, name, "attention_decode_kernel")
+	cols := 8 * numberOf(t, w[1]) * numberOf(t, w[2])
+	a := attentionCall{d: dtype(w[0]), dh: cols, paged: true, decode: true, rows: 1, threads: 256, shared: 8 * 4 * (cols + 2)}
+	if w[3] == "0" {
+		a.dh = cols - 3
+	}
+	a.heads, a.queries, a.keys = 2, []int32{1, 0, 1, 1}, []int32{75, 4, 1, 9}
+	a.run(t, m, name)
+}
