@@ -198,6 +198,11 @@ func (e *env) upload() {
 func (e *env) run(f func(engine.Stream) error) map[string][]uint32 {
 	e.upload()
 	check(f(e.s))
+	return e.download()
+}
+
+// download waits, and returns the memory of every tensor.
+func (e *env) download() map[string][]uint32 {
 	check(e.s.Sync())
 	got := map[string][]uint32{}
 	for _, a := range e.args {
