@@ -80,9 +80,21 @@ func build(in *instr) error {
 		return in.bfi(mods, t)
 	case "atom", "red":
 		return in.atomic(mods, t)
-	case "nanosleep", "membar", "fence": // the memory of an interpreter is in order
+	case "nanosleep": // others run first
+		if len(mods) != 0 || t != "u32" {
+			return errUnknown
+		}
+		in.run = func(w *warp, _ uint32) error {
+			w.yields = true
+			return nil
+		}
+		return in.want(1)
+	case "membar", "fence": // the memory of an interpreter is in order
+		if _, err := modifiers(mods, "gl", "cta", "sys", "gpu", "acq_rel", "sc"); err != nil {
+			return err
+		}
 		in.run = func(*warp, uint32) error { return nil }
-		return nil
+		return in.want(0)
 	}
 	if f, ok := collectives[op]; ok {
 		return f(in, mods, t)
@@ -137,7 +149,7 @@ func (in *instr) compute(op string, mods []string, t string) error {
 		types[1] = shapeOf("u32")
 	case op == "bfe":
 		types[1], types[2] = shapeOf("u32"), shapeOf("u32")
-	case op == "popc" || op == "clz":
+	case op == "popc" || op == "clz" || op == "bfind":
 		result = shapeOf("u32")
 	case wide:
 		double := map[string]string{"u16": "u32", "s16": "s32", "u32": "u64", "s32": "s64"}[t]

@@ -57,6 +57,7 @@ type warp struct {
 	state  [32]laneState
 	bar    [32]int
 	local  [32][]byte
+	yields bool              // its turn is over
 	issued [32][]copyAsync   // of no group yet
 	groups [32][][]copyAsync // committed, oldest first
 }
@@ -160,6 +161,10 @@ func run(blocks []*block) error {
 						break
 					}
 					moved = true
+					if w.yields {
+						w.yields = false
+						break
+					}
 				}
 				done = done && w.live() == 0
 			}

@@ -232,6 +232,9 @@ func float(op string, mods []string) (func(a, b, c uint64) uint64, error) {
 }
 
 func double(op string, mods []string) (func(a, b, c uint64) uint64, error) {
+	if op == "rcp" && len(mods) == 2 && mods[0] == "approx" && mods[1] == "ftz" {
+		return roughReciprocal, nil
+	}
 	if _, err := modifiers(mods, "rn"); err != nil {
 		return nil, err
 	}
@@ -245,6 +248,18 @@ func double(op string, mods []string) (func(a, b, c uint64) uint64, error) {
 		return nil, errUnknown
 	}
 	return func(a, b, c uint64) uint64 { return b64(f(f64(a), f64(b), f64(c))) }, nil
+}
+
+// roughReciprocal is rcp.approx.ftz.f64: of the upper 32 bits of a, as many bits of the result, the others zero. A seed of iterations.
+func roughReciprocal(a, _, _ uint64) uint64 {
+	flushed := func(v uint64) uint64 {
+		if v&0x7ff0000000000000 == 0 {
+			return v & (1 << 63)
+		}
+		return v
+	}
+	const upper = math.MaxUint32 << 32
+	return flushed(b64(1/f64(flushed(a)&upper)) & upper)
 }
 
 func integer(op string, mods []string, t string) (func(a, b, c uint64) uint64, error) {
@@ -273,6 +288,14 @@ func integer(op string, mods []string, t string) (func(a, b, c uint64) uint64, e
 			return func(a, b, _ uint64) uint64 { return product(a, b) }, nil
 		}
 		return func(a, b, c uint64) uint64 { return product(a, b) + c }, nil
+	}
+	if op == "bfind" && len(mods) == 1 && mods[0] == "shiftamt" && !signed { // how far to the left the highest bit can go
+		return func(a, _, _ uint64) uint64 {
+			if a == 0 {
+				return math.MaxUint32
+			}
+			return uint64(bits.LeadingZeros64(a)) - (64 - width)
+		}, nil
 	}
 	if len(mods) != 0 {
 		return nil, fmt.Errorf("unknown instruction: modifiers %v", mods)

@@ -1,0 +1,273 @@
+package ptx
+
+import (
+	"encoding/binary"
+	"math"
+	"testing"
+
+	"margo/engine"
+)
+
+// head is a small diffusion head: of guided pairs, both halves share x.
+type headProblem struct {
+	*problem
+	n, w, c, depth, count          int
+	x, mods, wi, bi, wf, bf        *operandOf
+	guidance, noise, ids           *operandOf
+	h, u, f, out                   *operandOf // scratch of the oracle
+	fc1, fc2, b1, b2, normW, normB []*operandOf
+	coef                           []engine.StepCoef
+	rng                            engine.RNG
+	state                          uint64
+	first                          int // step of the state that the first of count is
+	given                          bool
+	compute                        engine.DType
+}
+
+const headEps, headTemperature = 1e-6, 0.9
+
+// newHead makes the operands of count steps, and the state of one step more.
+func newHead(t *testing.T, n, w, c, depth, count int, compute engine.DType, given bool) *headProblem {
+	t.Helper()
+	p := newProblem(t)
+	h := &headProblem{problem: p, n: n, w: w, c: c, depth: depth, count: count, given: given, compute: compute,
+		rng: engine.RNG{Seed: 0x1122334455667788, Purpose: engine.PurposeStepNoise, Step: 17}}
+	h.x, h.ids = p.inout(engine.F32, normal(1), n, c), p.ids(n)
+	h.guidance, h.noise = p.in(engine.F32, uniform(1, 3), n), p.f32(count*n, c)
+	h.mods = p.in(engine.F32, normal(0.3), count*2*n, (3*depth+2)*w)
+	p.gap = 4
+	weight := normal(1 / math.Sqrt(float64(w)))
+	h.wi, h.bi = p.in(engine.F32, normal(1/math.Sqrt(float64(c))), w, c), p.f32(w)
+	h.wf, h.bf = p.in(engine.F32, weight, 2*c, w), p.f32(2*c)
+	for range depth {
+		h.fc1, h.fc2 = append(h.fc1, p.in(compute, weight, w, w)), append(h.fc2, p.in(compute, weight, w, w))
+		h.b1, h.b2 = append(h.b1, p.f32(w)), append(h.b2, p.f32(w))
+		h.normW, h.normB = append(h.normW, p.f32(w)), append(h.normB, p.f32(w))
+	}
+	p.gap = 0
+	h.h, h.out = p.scratch(engine.F32, 2*n, w), p.scratch(engine.F32, 2*n, 2*c)
+	h.u, h.f = p.scratch(engine.F32, 2*n, w), p.scratch(compute, 2*n, w)
+	b := args(h.rng.Seed, uint32(h.rng.Purpose), uint32(h.rng.Step), float32(headTemperature), int32(0))
+	for i := range count + 1 {
+		s := engine.StepCoef{A: 1.01 - 0.1*float64(i), B: 0.13, MinLog: -6.5, MaxLog: -4.5, Last: i == count && count > 1}
+		h.coef = append(h.coef, s)
+		last := int32(0)
+		if s.Last {
+			last = 1
+		}
+		b = append(b, args(float32(s.A), float32(s.B), float32(s.MinLog), float32(s.MaxLog), last, int32(0))...)
+	}
+	h.state = p.mem.Alloc(len(b))
+	to, err := p.mem.Bytes(h.state, len(b))
+	if err != nil {
+		t.Fatal(err)
+	}
+	copy(to, b)
+	return h
+}
+
+// scratch is memory that only the oracle needs.
+func (p *problem) scratch(d engine.DType, shape ...int) *operandOf {
+	return p.add(&operandOf{d: d, shape: shape})
+}
+
+// project enqueues the input projection of x into both halves of y.
+func (h *headProblem) project(s engine.Stream, at func(*operandOf) *engine.Tensor, y *operandOf) error {
+	for half := range 2 {
+		if err := s.Gemm(engine.GemmArgs{X: at(h.x), W: at(h.wi), Bias: at(h.bi), Y: at(y).RowsAt(half*h.n, (half+1)*h.n)}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// mod is modulation k of step i.
+func (h *headProblem) mod(at func(*operandOf) *engine.Tensor, i, k int) *engine.Tensor {
+	return at(h.mods).RowsAt(2*h.n*i, 2*h.n*(i+1)).Slice(k*h.w, (k+1)*h.w)
+}
+
+// finish enqueues what follows the blocks of step i, with the modulations from mod on: norm, final layer, guidance, reverse step.
+func (h *headProblem) finish(s engine.Stream, at func(*operandOf) *engine.Tensor, residual *operandOf, i, mod int) error {
+	err := s.Norm(engine.NormArgs{X: at(residual), Y: at(h.u), Shift: h.mod(at, i, mod), Scale: h.mod(at, i, mod+1), ModRows: 1, Eps: headEps})
+	if err == nil {
+		err = s.Gemm(engine.GemmArgs{X: at(h.u), W: at(h.wf), Bias: at(h.bf), Y: at(h.out)})
+	}
+	a := engine.DiffusionStepArgs{X: at(h.x), Y: at(h.x), Out: at(h.out), Guidance: at(h.guidance), IDs: at(h.ids), RNG: h.rng, Coef: h.coef[h.first+i],
+		Temperature: headTemperature}
+	a.RNG.Step += h.first + i
+	if h.given {
+		a.Noise = at(h.noise).RowsAt(i*h.n, (i+1)*h.n)
+	}
+	if err == nil {
+		err = s.DiffusionStep(a)
+	}
+	return err
+}
+
+// final are the parameters of head_input and head_final.
+func (h *headProblem) final(residual, next, trace uint64, step int32) []byte {
+	noise := h.noise.at
+	if !h.given {
+		noise = 0
+	}
+	flag := func(b bool) int32 {
+		if b {
+			return 1
+		}
+		return 0
+	}
+	return args(residual, h.mods.at, int64(h.w), int64(h.mods.ld), h.wf.at, h.bf.at, h.wi.at, h.bi.at, int64(h.wf.ld), int64(h.wi.ld), h.x.at, next,
+		h.guidance.at, noise, trace, h.ids.at, int64(h.noise.ld), int64(h.c), h.state, step, int32(h.n), int32(h.c), int32(h.w), int32(2),
+		flag(h.w%4 == 0), flag(h.c%4 == 0), float32(headEps))
+}
+
+func headInputKernel(t *testing.T, m *Module, name string) {
+	for _, d := range [][2]int{{40, 6}, {37, 8}} {
+		h := newHead(t, 3, d[0], d[1], 0, 1, engine.F32, false)
+		y := h.problem.out(engine.F32, 2*h.n, h.w)
+		launch(t, m, h.mem, Launch{Grid: [3]int{h.n}, Block: [3]int{256}, Shared: 4 * h.c, Args: []any{h.final(0, y.at, 0, 0)}}, name)
+		h.verify(func(s engine.Stream, at func(*operandOf) *engine.Tensor) error { return h.project(s, at, y) })
+	}
+}
+
+// headFinalKernel runs the end of a step for 5 guided tokens, the last block of four cut, and the projection for the next step:
+// with drawn and with given noise, rows of the matrices in fours and by element.
+func headFinalKernel(t *testing.T, m *Module, name string) {
+	tokens, _ := tile(name)
+	tok := tokens[0]
+	for _, d := range []struct {
+		w, c  int
+		given bool
+	}{{40, 6, false}, {37, 8, true}} {
+		h := newHead(t, 5, d.w, d.c, 0, 1, engine.F32, d.given)
+		h.first = 1
+		residual, next, trace := h.f32(2*h.n, h.w), h.problem.out(engine.F32, 2*h.n, h.w), h.problem.out(engine.F32, h.n, h.c)
+		launch(t, m, h.mem, Launch{Grid: [3]int{(h.n + tok - 1) / tok}, Block: [3]int{256}, Shared: 4 * tok * (2*h.w + 5*h.c),
+			Args: []any{h.final(residual.at, next.at, trace.at, 1)}}, name)
+		h.verify(func(s engine.Stream, at func(*operandOf) *engine.Tensor) error {
+			err := h.finish(s, at, residual, 0, 0)
+			if err == nil {
+				err = s.Copy(at(trace), at(h.x))
+			}
+			if err == nil {
+				err = h.project(s, at, next)
+			}
+			return err
+		})
+	}
+}
+
+func headSiLUKernel(t *testing.T, m *Module, name string) {
+	const steps, r, w = 3, 4, 300
+	p := newProblem(t)
+	p.gap = 4
+	time, cond, y := p.f32(steps, w), p.f32(r, w), p.out(dtype(template(t, name, "head_silu")[0]), steps*r, w)
+	launch(t, m, p.mem, Launch{Grid: [3]int{steps * r}, Block: [3]int{256},
+		Args: []any{y.at, int64(y.ld), time.at, int64(time.ld), cond.at, int64(cond.ld), int32(r), int32(w)}}, name)
+	p.gap = 0
+	var it, ir []int32
+	for i := range int32(steps * r) {
+		it, ir = append(it, i/r), append(ir, i%r)
+	}
+	ia, ib := p.in(engine.I32, fixed(it...), steps*r), p.in(engine.I32, fixed(ir...), steps*r)
+	p.verify(func(s engine.Stream, at func(*operandOf) *engine.Tensor) error {
+		return s.Rows(engine.RowsArgs{Y: at(y), A: at(time), IA: at(ia), B: at(cond), IB: at(ib), Count: steps * r, Act: engine.SiLU})
+	})
+}
+
+// headLatencyKernel runs two steps of a head of two blocks with three guided tokens, all blocks of the grid taking turns. One of
+// the four layers lies in shared memory. Noise is given in the first run; in the second it is drawn, and the last step is the last of all.
+func headLatencyKernel(t *testing.T, m *Module, name string) {
+	n, _ := tile(name)
+	for _, given := range []bool{true, false} {
+		const tokens, w, c, depth, count, resident, most = 3, 32, 6, 2, 2, 1, 160
+		own := 8 * n[0]
+		h := newHead(t, tokens, w, c, depth, count, engine.BF16, given)
+		if !given {
+			h.first = 1
+		}
+		trace := h.problem.out(engine.F32, count*tokens, c)
+		var b []byte
+		for i := range 16 {
+			if i < depth {
+				b = append(b, args(h.fc1[i].at, h.fc2[i].at, int64(h.fc1[i].ld), int64(h.fc2[i].ld), h.b1[i].at, h.b2[i].at, h.normW[i].at, h.normB[i].at)...)
+			} else {
+				b = append(b, make([]byte, 64)...)
+			}
+		}
+		zeros := func(words int) uint64 { return h.mem.U32(make([]uint32, 2*words)) }
+		noise := h.noise.at
+		if !given {
+			noise = 0
+		}
+		// The state's coefficients begin with the first step of the run, its generator counts from the same.
+		state := h.state
+		if h.first > 0 {
+			state = h.later(t)
+		}
+		bad := h.mem.U32([]uint32{0})
+		b = append(b, args(state, h.mods.at, h.x.at, h.guidance.at, noise, trace.at, h.ids.at, int64(h.mods.ld), int64(h.noise.ld), int64(c),
+			int32(tokens), int32(2*tokens), int32(c), int32(w), int32(count))...)
+		b = append(b, args(h.wi.at, h.bi.at, h.wf.at, h.bf.at, int64(h.wi.ld), int64(h.wf.ld),
+			zeros(2*tokens*most), zeros(2*tokens*w/2), zeros(2*tokens*w/2), zeros(2*tokens*2*c*most), zeros(2*tokens*2*c), bad,
+			int32(depth), int32(resident), float32(headEps))...)
+		fixed := 4 * (2*8*16*own + 16*(own+1) + 16*2 + 16*2*32 + 16*32 + 64*(own+1) + own*33)
+		launch(t, m, h.mem, Launch{Grid: [3]int{w / own}, Block: [3]int{256}, Shared: fixed + resident*own*w*2, Cooperative: true, MaxSteps: 1 << 24,
+			Args: []any{b}}, name)
+		if e := words(t, h.mem, bad, 1)[0]; e != 0 {
+			t.Errorf("the error word is %#x", e)
+		}
+		h.verify(func(s engine.Stream, at func(*operandOf) *engine.Tensor) error {
+			for i := range count {
+				if err := h.step(s, at, i); err != nil {
+					return err
+				}
+				if err := s.Copy(at(trace).RowsAt(i*tokens, (i+1)*tokens), at(h.x)); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	}
+}
+
+// later is the state of a run that begins with the second coefficient.
+func (h *headProblem) later(t *testing.T) uint64 {
+	t.Helper()
+	all, err := h.mem.Bytes(h.state, 24+24*len(h.coef))
+	if err != nil {
+		t.Fatal(err)
+	}
+	at := h.mem.Alloc(24 + 24*(len(h.coef)-1))
+	b, err := h.mem.Bytes(at, 24+24*(len(h.coef)-1))
+	if err != nil {
+		t.Fatal(err)
+	}
+	copy(b, all[:24])
+	copy(b[24:], all[48:])
+	binary.LittleEndian.PutUint32(b[12:], uint32(h.rng.Step+1))
+	return at
+}
+
+// step enqueues step i as engine/ref composes it (HeadSteps), with the modulations given.
+func (h *headProblem) step(s engine.Stream, at func(*operandOf) *engine.Tensor, i int) error {
+	err := h.project(s, at, h.h)
+	half := h.f
+	for k := range h.depth {
+		if err == nil {
+			err = s.Norm(engine.NormArgs{X: at(h.h), Y: at(half), Weight: at(h.normW[k]), Bias: at(h.normB[k]), Shift: h.mod(at, i, 3*k), Scale: h.mod(at, i, 3*k+1),
+				ModRows: 1, Eps: headEps})
+		}
+		if err == nil {
+			err = s.Gemm(engine.GemmArgs{X: at(half), W: at(h.fc1[k]), Bias: at(h.b1[k]), Act: engine.SiLU, Y: at(h.u)})
+		}
+		// fc1's output is rounded to bf16 as it meets fc2's weights.
+		if err == nil {
+			err = s.Gemm(engine.GemmArgs{X: at(h.u), W: at(h.fc2[k]), Bias: at(h.b2[k]), Gate: h.mod(at, i, 3*k+2), GateRows: 1, Residual: at(h.h), Y: at(h.h)})
+		}
+	}
+	if err == nil {
+		err = h.finish(s, at, h.h, i, 3*h.depth)
+	}
+	return err
+}
