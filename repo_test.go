@@ -70,7 +70,7 @@ var allowed = map[string][]string{
 	"engine/plan":        {"engine"},
 	"engine/conformance": {"engine", "engine/ref", "engine/plan"},
 	"cpu":                {"engine"},
-	"cuda":               {"engine"},
+	"cuda":               {"engine", "engine/atomicfile"},
 	"cuda/ptx":           {},
 	"engine/atomicfile":  {"engine"},
 	"engine/checkpoint":  {"engine", "engine/atomicfile"},

@@ -34,6 +34,11 @@ static inline margo_status m_copy_in(const margo_api *a, margo_stream *s, uint64
 static inline margo_status m_copy_out(const margo_api *a, margo_stream *s, void *d, uint64_t p, uint64_t n) { return a->copy_out(s, d, p, n); }
 static inline margo_status m_copy(const margo_api *a, margo_stream *s, const margo_mat *d, const margo_mat *x) { return a->copy(s, d, x); }
 static inline margo_status m_fill(const margo_api *a, margo_stream *s, const margo_mat *d, float v) { return a->fill(s, d, v); }
+static inline margo_status m_cublaslt_probe(const margo_api *a, const char *library, margo_cublaslt_info *out, char *err, size_t b) { return a->cublaslt_probe(library, out, err, b); }
+static inline margo_status m_cublaslt_open(const margo_api *a, margo_context *c, const char *library, int32_t autotune, margo_cublaslt_info *out) { return a->cublaslt_open(c, library, autotune, out); }
+static inline margo_status m_cublaslt_workspace(const margo_api *a, margo_stream *s, uint64_t p, uint64_t n) { return a->cublaslt_workspace(s, p, n); }
+static inline margo_status m_cublaslt_algo(const margo_api *a, margo_context *c, int64_t i, margo_cublaslt_algo *out) { return a->cublaslt_algo(c, i, out); }
+static inline margo_status m_cublaslt_store(const margo_api *a, margo_context *c, const margo_cublaslt_algo *x) { return a->cublaslt_store(c, x); }
 
 // Ops all have one form; which is an index into the table.
 enum { M_GEMM, M_ATTENTION, M_NORM, M_GATED_ADD, M_ROWS, M_CAST, M_TIMESTEP, M_NORMAL, M_DIFFUSION, M_HEAD, M_CONV, M_GROUP_NORM, M_PATCHIFY, M_CATEGORICAL };

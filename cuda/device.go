@@ -34,6 +34,7 @@ type Device struct {
 	util  *C.margo_stream // for Pack
 
 	headPath atomic.Int32
+	lt       *cublasLt // nil: off
 }
 
 var _ engine.Device = (*Device)(nil)
@@ -55,6 +56,10 @@ func Open(name string, o Options) (*Device, error) {
 	if !ok {
 		return nil, engine.Errorf("open device", engine.Invalid, "MARGO_HEAD_PATH is %q; use throughput or latency", os.Getenv("MARGO_HEAD_PATH"))
 	}
+	use, err := cublasLtUse()
+	if err != nil {
+		return nil, err
+	}
 	p, err := load(kind)
 	if err != nil {
 		return nil, err
@@ -71,6 +76,9 @@ func Open(name string, o Options) (*Device, error) {
 	}
 	d.info.size = C.sizeof_margo_info
 	err = d.status("open device", C.m_info(p.api, d.ctx, &d.info))
+	if err == nil {
+		err = d.openCuBLASLt(use)
+	}
 	if err == nil {
 		err = d.status("open device", C.m_stream_create(p.api, d.ctx, &d.util))
 	}
@@ -228,6 +236,9 @@ func (d *Device) Close() error {
 		return nil
 	}
 	err := d.status("close", C.m_stream_destroy(d.p.api, d.util))
+	if e := d.saveChoices(); err == nil {
+		err = e
+	}
 	if s := C.m_close(d.p.api, d.ctx); s != C.MARGO_OK && err == nil {
 		err = d.errorf("close", kinds[s], "the device failed before it was closed")
 	}

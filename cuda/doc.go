@@ -13,7 +13,8 @@
 // $MARGO_HEAD_PATH is throughput (the default) or latency: the diffusion head of few rows
 // in one persistent kernel. It is faster for one or two images at a time, and rounds
 // otherwise, so that an image then depends on the batch. $MARGO_SM90=0 leaves Hopper's own
-// matrix products out.
+// matrix products out. $MARGO_CUBLASLT is 0 (the default), 1 or autotune: the vendor's library
+// for products without an epilogue of ours, which also makes an image depend on the batch.
 //
 // Bindings are our own and thin: the function table of kernels/margo_abi.h.
 package cuda

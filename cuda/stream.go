@@ -15,6 +15,7 @@ type Stream struct {
 	dev                  *Device
 	s                    *C.margo_stream // nil once closed
 	work                 *buffer         // workspace of ops, kept and grown
+	cublasLt             *buffer         // workspace of cuBLASLt
 	capturing            bool
 }
 
@@ -25,6 +26,16 @@ func (d *Device) NewStream() (engine.Stream, error) {
 	s := &Stream{Unimplemented: engine.Unimplemented{DeviceName: d.name}, dev: d}
 	if err := d.status("new stream", C.m_stream_create(d.p.api, d.ctx, &s.s)); err != nil {
 		return nil, err
+	}
+	if d.lt != nil { // a stream's own, since products of streams run at the same time
+		var err error
+		if s.cublasLt, err = d.alloc("new stream", d.lt.workspace); err == nil {
+			err = d.status("new stream", C.m_cublaslt_workspace(d.p.api, s.s, s.cublasLt.addr, C.uint64_t(s.cublasLt.bytes)))
+		}
+		if err != nil {
+			s.Close()
+			return nil, err
+		}
 	}
 	return s, nil
 }
@@ -280,11 +291,13 @@ func (s *Stream) Close() error {
 	}
 	err := s.dev.status("close stream", C.m_stream_destroy(s.dev.p.api, s.s))
 	s.s = nil
-	if s.work != nil {
-		if e := s.work.Free(); err == nil {
-			err = e
+	for _, b := range []**buffer{&s.work, &s.cublasLt} {
+		if *b != nil {
+			if e := (*b).Free(); err == nil {
+				err = e
+			}
+			*b = nil
 		}
-		s.work = nil
 	}
 	return err
 }

@@ -106,6 +106,10 @@ Epilogue make_epilogue(const margo_mat &bias, int64_t n0, const margo_mat &gate,
 }
 
 margo_status op_gemm(margo_stream *st, const margo_gemm_args *a) {
+	if (st->ctx->cublaslt) {
+		margo_status s = gemm_cublaslt(st, a);
+		if (s != MARGO_UNSUPPORTED) return s;
+	}
 	if (gemm_sm90a_serves(st->ctx, a)) {
 		margo_status s = gemm_sm90a(st, a);
 		if (s != MARGO_UNSUPPORTED) return s;

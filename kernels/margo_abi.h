@@ -26,7 +26,7 @@ extern "C" {
 #endif
 
 #define MARGO_ABI_MAJOR 1
-#define MARGO_ABI_MINOR 1
+#define MARGO_ABI_MINOR 2
 
 typedef enum margo_status {
 	MARGO_OK = 0,
@@ -222,6 +222,27 @@ typedef struct margo_categorical_args { // see engine.CategoricalArgs
 	float temperature, top_p;
 } margo_categorical_args;
 
+// margo_cublaslt_info says which cuBLASLt was found.
+typedef struct margo_cublaslt_info {
+	uint32_t size, reserved;
+	uint64_t version;         // as 131000 for 13.10.0
+	uint64_t workspace_bytes; // what a stream should be given
+	char library[256];
+} margo_cublaslt_info;
+
+// margo_cublaslt_algo is what was chosen for a shape of y = residual + x·wᵀ + bias: the shape, then the choice.
+enum { MARGO_CUBLASLT_OURS = 0, MARGO_CUBLASLT_HEURISTIC = 1, MARGO_CUBLASLT_TUNED = 2, MARGO_CUBLASLT_STORED = 3 };
+typedef struct margo_cublaslt_algo {
+	uint32_t size;
+	int32_t dtype, y_dtype;     // of x and w, of y
+	int32_t bias, residual;     // residual 1: another matrix, 2: y itself
+	int32_t choice;             // OURS: the library refused, our kernels serve; TUNED: timed; STORED: from margo_api.cublaslt_store
+	int64_t m, n, k, ldx, ldw, ldr, ldy;
+	uint64_t workspace_limit;   // bytes that the stream had
+	uint64_t workspace, uses;   // bytes that the algorithm takes; products
+	uint64_t algo[8];           // the library's
+} margo_cublaslt_algo;
+
 // margo_api is the table. Unless said otherwise pointers to results must not be
 // NULL, and strings are zero-terminated.
 typedef struct margo_api {
@@ -282,6 +303,17 @@ typedef struct margo_api {
 
 	margo_status (*synchronize)(margo_context *); // waits for all streams
 	margo_status (*categorical)(margo_stream *, const margo_categorical_args *);
+
+	// cuBLASLt for products without an epilogue of ours. library NULL: looked for by its names. probe opens
+	// nothing for good; open makes gemm use it, autotune 1: the first product of a shape on a stream that has a workspace
+	// times the candidates, which waits and takes memory for a moment. A stream's workspace is the caller's, which keeps it
+	// until the stream is closed. algo reads the i-th choice, INVALID past the end; store gives one that an earlier
+	// process made with the same device and version, and is refused once that shape was met.
+	margo_status (*cublaslt_probe)(const char *library, margo_cublaslt_info *out, char *err, size_t err_bytes);
+	margo_status (*cublaslt_open)(margo_context *, const char *library, int32_t autotune, margo_cublaslt_info *out);
+	margo_status (*cublaslt_workspace)(margo_stream *, uint64_t p, uint64_t bytes);
+	margo_status (*cublaslt_algo)(margo_context *, int64_t i, margo_cublaslt_algo *out);
+	margo_status (*cublaslt_store)(margo_context *, const margo_cublaslt_algo *);
 } margo_api;
 
 // margo_plugin returns the table if it has this major version, else NULL; *have is

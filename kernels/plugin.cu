@@ -556,6 +556,7 @@ const margo_api table = {
 	op<margo_patchify_args, op_patchify>,
 	synchronize,
 	op<margo_categorical_args, op_categorical>,
+	cublaslt_probe, cublaslt_open, cublaslt_workspace, cublaslt_algo, cublaslt_store,
 };
 
 } // namespace

@@ -43,6 +43,7 @@ struct margo_context {
 	std::vector<margo_stream *> streams;
 	std::mutex graph_mu;               // guards graphs that ops cache
 	std::shared_ptr<void> head_graphs; // of head.cu
+	std::shared_ptr<struct margo_cublaslt> cublaslt; // of cublaslt.cu; null: gemm does without
 	cudaStream_t fill_stream = nullptr; // fills new memory
 	uint32_t *device_error = nullptr; // device word: set by kernels that meet an index out of range; read by waits
 	int cc() const { return prop.major * 10 + prop.minor; }
@@ -61,6 +62,8 @@ struct margo_stream {
 		cudaEvent_t done = nullptr; // the last copy from it
 	} slots[2]; // pinned staging
 	int next_slot = 0;
+	void *cublaslt_workspace = nullptr;
+	uint64_t cublaslt_bytes = 0;
 };
 
 // fail stores a printf-formatted text in the context and returns the status.
@@ -104,6 +107,13 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The ops, one or more to a file.
 margo_status op_gemm(margo_stream *, const margo_gemm_args *);
+// gemm_cublaslt is UNSUPPORTED, with nothing enqueued, for what op_gemm has to do itself.
+margo_status gemm_cublaslt(margo_stream *, const margo_gemm_args *);
+margo_status cublaslt_probe(const char *library, margo_cublaslt_info *, char *err, size_t err_bytes);
+margo_status cublaslt_open(margo_context *, const char *library, int32_t autotune, margo_cublaslt_info *);
+margo_status cublaslt_workspace(margo_stream *, uint64_t p, uint64_t bytes);
+margo_status cublaslt_algo(margo_context *, int64_t i, margo_cublaslt_algo *);
+margo_status cublaslt_store(margo_context *, const margo_cublaslt_algo *);
 margo_status op_attention(margo_stream *, const margo_attention_args *);
 margo_status op_norm(margo_stream *, const margo_norm_args *);
 margo_status op_gated_add(margo_stream *, const margo_gated_add_args *);

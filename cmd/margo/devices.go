@@ -16,7 +16,7 @@ func devicesCommand() *cli.Command {
 		Name:      "devices",
 		Usage:     "list the devices that margo can compute on",
 		UsageText: "margo devices [flags]",
-		Description: `A device's name is what --device of the other commands takes. With --measure the peaks that benchmarks are compared with are measured, which takes a moment and wants an idle machine; a GPU's follow from its clocks and units. For a GPU there is also what NVML tells: temperature, power, clocks and what holds them back, and how busy it is. Where there is no CUDA device the last line says what is missing.
+		Description: `A device's name is what --device of the other commands takes. With --measure the peaks that benchmarks are compared with are measured, which takes a moment and wants an idle machine; a GPU's follow from its clocks and units. For a GPU there is also what NVML tells (temperature, power, clocks and what holds them back, and how busy it is) and which cuBLASLt there is, or why none. Where there is no CUDA device the last line says what is missing.
 
 Example:
   margo devices --measure`,
@@ -43,6 +43,9 @@ type deviceLine struct {
 
 	Health     *cuda.Health `json:"nvml,omitempty"`
 	HealthNote string       `json:"nvml_missing,omitempty"` // why there is none
+
+	CuBLASLt     *cuda.CuBLASLt `json:"cublaslt,omitempty"`
+	CuBLASLtNote string         `json:"cublaslt_missing,omitempty"`
 }
 
 // cudaDevices opens every CUDA device, or says why there is none. margo never links
@@ -65,6 +68,9 @@ func cudaDevices() (lines []deviceLine, why string) {
 		l := lineOf(dev.Info())
 		if l.Health, err = dev.Health(); err != nil {
 			l.HealthNote = oneLine(err.Error())
+		}
+		if l.CuBLASLt, err = dev.CuBLASLt(); err != nil {
+			l.CuBLASLtNote = oneLine(err.Error())
 		}
 		lines = append(lines, l)
 		if err := dev.Close(); err != nil {
@@ -110,6 +116,12 @@ func devices(c *cli.Context) error {
 			fmt.Fprintf(c.App.Writer, "       %v\n", l.Health)
 		case l.HealthNote != "":
 			fmt.Fprintf(c.App.Writer, "       %s\n", l.HealthNote)
+		}
+		switch {
+		case l.CuBLASLt != nil:
+			fmt.Fprintf(c.App.Writer, "       cuBLASLt %s (%s), MARGO_CUBLASLT: %s\n", l.CuBLASLt.Version, l.CuBLASLt.Library, l.CuBLASLt.Use)
+		case l.CuBLASLtNote != "":
+			fmt.Fprintf(c.App.Writer, "       %s\n", l.CuBLASLtNote)
 		}
 	}
 	if why != "" {
