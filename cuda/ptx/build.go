@@ -57,6 +57,9 @@ func build(in *instr) error {
 		})
 		return nil
 	case "ret", "exit":
+		if _, err := modifiers(mods, "uni"); err != nil {
+			return err
+		}
 		in.run = each(func(w *warp, l int) error {
 			w.state[l] = exited
 			return nil
@@ -195,8 +198,8 @@ func vectorOf(o operand) []operand {
 	return []operand{o}
 }
 
-// access parses the modifiers of ld and st: space and count of elements.
-func access(mods []string) (space string, n int, err error) {
+// access parses the modifiers of ld and st: space and count of elements. own are those that the other has not.
+func access(mods []string, own ...string) (space string, n int, err error) {
 	n = 1
 	for _, m := range mods {
 		switch m {
@@ -206,9 +209,15 @@ func access(mods []string) (space string, n int, err error) {
 			n = 2
 		case "v4":
 			n = 4
-		case "nc", "ca", "cg", "cs", "lu", "volatile", "relaxed", "acquire", "release", "weak", "gpu", "sys", "cta":
+		case "ca", "cg", "cs", "volatile", "relaxed", "weak", "gpu", "sys", "cta":
 		default:
-			return "", 0, fmt.Errorf("unknown instruction: modifier %s", m)
+			known := false
+			for _, o := range own {
+				known = known || m == o
+			}
+			if !known {
+				return "", 0, fmt.Errorf("unknown instruction: modifier %s", m)
+			}
 		}
 	}
 	return space, n, nil
@@ -216,7 +225,7 @@ func access(mods []string) (space string, n int, err error) {
 
 func (in *instr) load(mods []string, t string) error {
 	own := shapeOf(t)
-	space, n, err := access(mods)
+	space, n, err := access(mods, "nc", "lu", "acquire")
 	if err != nil || t == "" || len(in.args) != 2 {
 		return fmt.Errorf("unknown form of ld (%v)", err)
 	}
@@ -238,7 +247,7 @@ func (in *instr) load(mods []string, t string) error {
 }
 
 func (in *instr) store(mods []string, t string) error {
-	space, n, err := access(mods)
+	space, n, err := access(mods, "wb", "wt", "release")
 	if err != nil || t == "" || len(in.args) != 2 || space == "param" {
 		return fmt.Errorf("unknown form of st (%v)", err)
 	}

@@ -26,7 +26,7 @@ var compiling sync.Mutex
 
 // compiled gives the PTX of a file of kernels/ as nvcc makes it for compute_80. What was compiled from the same sources by the
 // same compiler lies in the user's cache.
-func compiled(t *testing.T, file string) string {
+func compiled(t testing.TB, file string) string {
 	t.Helper()
 	cc := nvcc()
 	if cc == "" {
@@ -81,7 +81,7 @@ func compiled(t *testing.T, file string) string {
 	return string(text)
 }
 
-func parsed(t *testing.T, text string) *Module {
+func parsed(t testing.TB, text string) *Module {
 	t.Helper()
 	m, err := Parse(text)
 	if err != nil {
@@ -91,7 +91,7 @@ func parsed(t *testing.T, text string) *Module {
 }
 
 // launch runs the kernel whose name has all the parts.
-func launch(t *testing.T, m *Module, mem *Memory, l Launch, parts ...string) {
+func launch(t testing.TB, m *Module, mem *Memory, l Launch, parts ...string) {
 	t.Helper()
 	k, err := m.Kernel(parts...)
 	if err == nil {
@@ -102,7 +102,7 @@ func launch(t *testing.T, m *Module, mem *Memory, l Launch, parts ...string) {
 	}
 }
 
-func words(t *testing.T, mem *Memory, at uint64, n int) []uint32 {
+func words(t testing.TB, mem *Memory, at uint64, n int) []uint32 {
 	t.Helper()
 	v, err := mem.ReadU32(at, n)
 	if err != nil {
@@ -111,7 +111,7 @@ func words(t *testing.T, mem *Memory, at uint64, n int) []uint32 {
 	return v
 }
 
-func floats(t *testing.T, mem *Memory, at uint64, n int) []float32 {
+func floats(t testing.TB, mem *Memory, at uint64, n int) []float32 {
 	t.Helper()
 	v, err := mem.ReadF32(at, n)
 	if err != nil {

@@ -7,7 +7,7 @@
 // kernels/emu and its checkers are for that.
 //
 // Memory. Every access is checked for bounds and natural alignment. New memory, shared memory and the target of an asynchronous
-// copy under way hold bytes 0xff, a NaN in every float type, and so do registers; a branch on a predicate that was never written is an
+// copy under way hold bytes 0xff, a NaN in every float type, or what a launch says, and registers hold bits 1; a branch on a predicate that was never written is an
 // error. The copy reads and writes only when its thread waits for it.
 //
 // Numerics. add, sub, mul, fma, div.rn, sqrt.rn, rcp.rn and conversions round as IEEE 754 and PTX say, so they are bit-equal to

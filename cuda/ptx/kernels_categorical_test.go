@@ -10,7 +10,7 @@ import (
 
 // categoricalKernel draws from 150 categories, 64 threads a row: Gumbel's argmax with guidance, the inverse of the cumulative sum
 // after top-k and top-p, and temperature 0. One row has a NaN and is no distribution, one has categories of -Inf.
-func categoricalKernel(t *testing.T, m *Module, name string) {
+func categoricalKernel(t testing.TB, m *Module, name string) {
 	const n, k, stride = 4, 150, 1000
 	_, cached := tile(name)
 	rng := engine.RNG{Seed: 0x1122334455667788, Purpose: engine.PurposeStepNoise, Step: 17}

@@ -27,7 +27,7 @@ type headProblem struct {
 const headEps, headTemperature = 1e-6, 0.9
 
 // newHead makes the operands of count steps, and the state of one step more.
-func newHead(t *testing.T, n, w, c, depth, count int, compute engine.DType, given bool) *headProblem {
+func newHead(t testing.TB, n, w, c, depth, count int, compute engine.DType, given bool) *headProblem {
 	t.Helper()
 	p := newProblem(t)
 	h := &headProblem{problem: p, n: n, w: w, c: c, depth: depth, count: count, given: given, compute: compute,
@@ -121,18 +121,18 @@ func (h *headProblem) final(residual, next, trace uint64, step int32) []byte {
 		flag(h.w%4 == 0), flag(h.c%4 == 0), float32(headEps))
 }
 
-func headInputKernel(t *testing.T, m *Module, name string) {
+func headInputKernel(t testing.TB, m *Module, name string) {
 	for _, d := range [][2]int{{40, 6}, {37, 8}} {
 		h := newHead(t, 3, d[0], d[1], 0, 1, engine.F32, false)
 		y := h.problem.out(engine.F32, 2*h.n, h.w)
 		launch(t, m, h.mem, Launch{Grid: [3]int{h.n}, Block: [3]int{256}, Shared: 4 * h.c, Args: []any{h.final(0, y.at, 0, 0)}}, name)
-		h.verify(func(s engine.Stream, at func(*operandOf) *engine.Tensor) error { return h.project(s, at, y) })
+		h.verifyOracle(func(s engine.Stream, at func(*operandOf) *engine.Tensor) error { return h.project(s, at, y) })
 	}
 }
 
 // headFinalKernel runs the end of a step for 5 guided tokens, the last block of four cut, and the projection for the next step:
 // with drawn and with given noise, rows of the matrices in fours and by element.
-func headFinalKernel(t *testing.T, m *Module, name string) {
+func headFinalKernel(t testing.TB, m *Module, name string) {
 	tokens, _ := tile(name)
 	tok := tokens[0]
 	for _, d := range []struct {
@@ -144,7 +144,7 @@ func headFinalKernel(t *testing.T, m *Module, name string) {
 		residual, next, trace := h.f32(2*h.n, h.w), h.problem.out(engine.F32, 2*h.n, h.w), h.problem.out(engine.F32, h.n, h.c)
 		launch(t, m, h.mem, Launch{Grid: [3]int{(h.n + tok - 1) / tok}, Block: [3]int{256}, Shared: 4 * tok * (2*h.w + 5*h.c),
 			Args: []any{h.final(residual.at, next.at, trace.at, 1)}}, name)
-		h.verify(func(s engine.Stream, at func(*operandOf) *engine.Tensor) error {
+		h.verifyOracle(func(s engine.Stream, at func(*operandOf) *engine.Tensor) error {
 			err := h.finish(s, at, residual, 0, 0)
 			if err == nil {
 				err = s.Copy(at(trace), at(h.x))
@@ -157,7 +157,7 @@ func headFinalKernel(t *testing.T, m *Module, name string) {
 	}
 }
 
-func headSiLUKernel(t *testing.T, m *Module, name string) {
+func headSiLUKernel(t testing.TB, m *Module, name string) {
 	const steps, r, w = 3, 4, 300
 	p := newProblem(t)
 	p.gap = 4
@@ -170,14 +170,14 @@ func headSiLUKernel(t *testing.T, m *Module, name string) {
 		it, ir = append(it, i/r), append(ir, i%r)
 	}
 	ia, ib := p.in(engine.I32, fixed(it...), steps*r), p.in(engine.I32, fixed(ir...), steps*r)
-	p.verify(func(s engine.Stream, at func(*operandOf) *engine.Tensor) error {
+	p.verifyOracle(func(s engine.Stream, at func(*operandOf) *engine.Tensor) error {
 		return s.Rows(engine.RowsArgs{Y: at(y), A: at(time), IA: at(ia), B: at(cond), IB: at(ib), Count: steps * r, Act: engine.SiLU})
 	})
 }
 
 // headLatencyKernel runs two steps of a head of two blocks with three guided tokens, all blocks of the grid taking turns. One of
 // the four layers lies in shared memory. Noise is given in the first run; in the second it is drawn, and the last step is the last of all.
-func headLatencyKernel(t *testing.T, m *Module, name string) {
+func headLatencyKernel(t testing.TB, m *Module, name string) {
 	n, _ := tile(name)
 	for _, given := range []bool{true, false} {
 		const tokens, w, c, depth, count, resident, most = 3, 32, 6, 2, 2, 1, 160
@@ -217,7 +217,7 @@ func headLatencyKernel(t *testing.T, m *Module, name string) {
 		if e := words(t, h.mem, bad, 1)[0]; e != 0 {
 			t.Errorf("the error word is %#x", e)
 		}
-		h.verify(func(s engine.Stream, at func(*operandOf) *engine.Tensor) error {
+		h.verifyOracle(func(s engine.Stream, at func(*operandOf) *engine.Tensor) error {
 			for i := range count {
 				if err := h.step(s, at, i); err != nil {
 					return err
@@ -232,7 +232,7 @@ func headLatencyKernel(t *testing.T, m *Module, name string) {
 }
 
 // later is the state of a run that begins with the second coefficient.
-func (h *headProblem) later(t *testing.T) uint64 {
+func (h *headProblem) later(t testing.TB) uint64 {
 	t.Helper()
 	all, err := h.mem.Bytes(h.state, 24+24*len(h.coef))
 	if err != nil {

@@ -20,7 +20,7 @@ func points(args ...any) Launch {
 // pointCols is a width for the path of four columns at a time, or of single ones.
 func pointCols(vec string) int { return map[string]int{"1": 76, "0": 75}[vec] }
 
-func castKernel(t *testing.T, m *Module, name string) {
+func castKernel(t testing.TB, m *Module, name string) {
 	a := template(t, name, "cast_kernel")
 	cols := pointCols(a[2])
 	p := newProblem(t)
@@ -32,7 +32,7 @@ func castKernel(t *testing.T, m *Module, name string) {
 	})
 }
 
-func copyKernel(t *testing.T, m *Module, name string) {
+func copyKernel(t testing.TB, m *Module, name string) {
 	a := template(t, name, "copy_kernel")
 	cols := pointCols(a[1])
 	p := newProblem(t)
@@ -53,7 +53,7 @@ func (p *problem) same(x, y *operandOf) {
 	}
 }
 
-func fillKernel(t *testing.T, m *Module, name string) {
+func fillKernel(t testing.TB, m *Module, name string) {
 	d := dtype(template(t, name, "fill_kernel")[0])
 	p := newProblem(t)
 	p.gap = 3
@@ -62,7 +62,7 @@ func fillKernel(t *testing.T, m *Module, name string) {
 	p.verify(func(s engine.Stream, at func(*operandOf) *engine.Tensor) error { return s.Fill(at(y), -2.7) })
 }
 
-func gatedAddKernel(t *testing.T, m *Module, name string) {
+func gatedAddKernel(t testing.TB, m *Module, name string) {
 	a := template(t, name, "gated_add_kernel")
 	cols := pointCols(a[1])
 	for _, gated := range []bool{true, false} {
@@ -86,7 +86,7 @@ func gatedAddKernel(t *testing.T, m *Module, name string) {
 
 // rowsKernel gathers, adds and scatters with indices of which one of A and one of B are negative, with SiLU; then it runs with
 // an index outside of A, which must be reported and its row left alone.
-func rowsKernel(t *testing.T, m *Module, name string) {
+func rowsKernel(t testing.TB, m *Module, name string) {
 	a := template(t, name, "rows_kernel")
 	cols := pointCols(a[3])
 	const count, ny, na, nb = pointRows, 9, 5, 6
@@ -119,7 +119,7 @@ func rowsKernel(t *testing.T, m *Module, name string) {
 	}
 }
 
-func timestepKernel(t *testing.T, m *Module, name string) {
+func timestepKernel(t testing.TB, m *Module, name string) {
 	const half = 21
 	p := newProblem(t)
 	p.gap = 1
@@ -131,7 +131,7 @@ func timestepKernel(t *testing.T, m *Module, name string) {
 }
 
 // patchifyKernel runs 2 images of 4 × 6 pixels and 9 channels in patches of 2 × 2.
-func patchifyKernel(t *testing.T, m *Module, name string) {
+func patchifyKernel(t testing.TB, m *Module, name string) {
 	const n, h, w, c, side = 2, 4, 6, 9, 2
 	inverse := strings.Contains(name, "Lb1E")
 	p := newProblem(t)
@@ -152,7 +152,7 @@ func patchifyKernel(t *testing.T, m *Module, name string) {
 }
 
 // diffusionStepKernel runs the reverse step: with guidance and drawn noise, with given noise, and as the last step.
-func diffusionStepKernel(t *testing.T, m *Module, name string) {
+func diffusionStepKernel(t testing.TB, m *Module, name string) {
 	const n = 5
 	c := map[bool]int{true: 16, false: 13}[strings.Contains(name, "Lb1E")]
 	rng := engine.RNG{Seed: 0x1122334455667788, Purpose: engine.PurposeStepNoise, Step: 17}

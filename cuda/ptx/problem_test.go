@@ -5,17 +5,21 @@ import (
 	"fmt"
 	"math"
 	"math/rand/v2"
+	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 
+	"margo/cuda"
 	"margo/engine"
 	"margo/engine/ref"
 )
 
 // problem is one call of an op: its operands in the interpreter's memory, and the same numbers for the oracle.
 type problem struct {
-	t   *testing.T
+	t   testing.TB
 	mem *Memory
 	gap int // elements between the rows of operands made from now on: 0xff, which nobody may change
 	all []*operandOf
@@ -52,7 +56,7 @@ func (g gen) bf16Of() gen {
 	return func(r *rand.Rand, i int) float32 { return engine.FromBF16(engine.ToBF16(g(r, i))) }
 }
 
-func newProblem(t *testing.T) *problem { return &problem{t: t, mem: &Memory{}} }
+func newProblem(t testing.TB) *problem { return &problem{t: t, mem: &Memory{}} }
 
 func (p *problem) add(o *operandOf) *operandOf {
 	p.t.Helper()
@@ -193,24 +197,49 @@ func (p *problem) compute(dev engine.Device, rep int, f call) [][]float64 {
 		if !o.out {
 			continue
 		}
-		v, err := ref.Float64s(tensors[o])
-		fatal(err)
+		if _, ok := dev.(*ref.Device); ok {
+			v, err := ref.Float64s(tensors[o])
+			fatal(err)
+			outs = append(outs, v)
+			continue
+		}
+		b := make([]byte, tensors[o].Bytes())
+		fatal(s.CopyOut(b, tensors[o]))
+		var v []float64
+		for size := o.d.Size(); len(b) > 0; b = b[size:] {
+			w := uint32(load(b[:size]))
+			if o.d == engine.BF16 {
+				w <<= 16
+			}
+			v = append(v, number(w, o.d))
+		}
 		outs = append(outs, v)
 	}
 	return outs
 }
 
-// verify compares the outputs in the interpreter's memory with the oracle in float64. The limit is that of the table in
-// engine/conformance: twice the oracle's own distance when it rounds every operation as a device would, from at least 4096
-// elements of other random numbers, and one rounding of the output.
+// verify compares the outputs in the interpreter's memory with the oracle in float64, and with the emulator, which compiles the
+// same source for the host and computes the op by the same rules. They may differ from each other as from the oracle: nvcc fuses
+// products and sums that the host's compiler does not, and exp and its like are other libraries'.
 func (p *problem) verify(f call) {
 	p.t.Helper()
-	if err := p.disagreement(f); err != nil {
-		p.t.Error(err)
+	if err := p.disagreement(f, true); err != nil {
+		p.t.Fatal(err)
 	}
 }
 
-func (p *problem) disagreement(f call) error {
+// verifyOracle leaves the emulator out: for kernels of which f is a composition, not the op.
+func (p *problem) verifyOracle(f call) {
+	p.t.Helper()
+	if err := p.disagreement(f, false); err != nil {
+		p.t.Fatal(err)
+	}
+}
+
+// disagreement is the first difference from the oracle that is larger than the limit of the table in engine/conformance: twice the
+// oracle's own distance when it rounds every operation as a device would, from at least 4096 elements of other random numbers, and
+// one rounding of the output.
+func (p *problem) disagreement(f call, emulate bool) error {
 	p.t.Helper()
 	var outputs []*operandOf
 	least := math.MaxInt
@@ -241,20 +270,79 @@ func (p *problem) disagreement(f call) error {
 			limit[i] = max(limit[i], 2*apart+unit*largest)
 		}
 	}
+	differ := func(whom string, i, j int, v, w float64) error {
+		if (v == v) != (w == w) || math.Abs(v-w) > limit[i] {
+			return fmt.Errorf("output %d: element %d of %v is %g, %s has %g: apart %.3g, limit %.3g", i, j, outputs[i].shape, v, whom, w, math.Abs(v-w), limit[i])
+		}
+		return nil
+	}
 	for i, o := range outputs {
 		for j, v := range p.got(o) {
 			w := want[i][j]
-			if (v == v) != (rounded[i][j] == rounded[i][j]) || math.Abs(v-w) > limit[i] {
-				return fmt.Errorf("output %d: element %d of %v is %g, not %g: off by %.3g, limit %.3g", i, j, o.shape, v, w, math.Abs(v-w), limit[i])
+			if rounded[i][j] != rounded[i][j] {
+				w = rounded[i][j]
+			}
+			if err := differ("the oracle", i, j, v, w); err != nil {
+				return err
 			}
 		}
 	}
+	dev := emulator(p.t)
+	if !emulate || dev == nil {
+		return nil
+	}
+	equal, all := 0, 0
+	for i, e := range p.compute(dev, 0, f) {
+		for j, v := range p.got(outputs[i]) {
+			if err := differ("the emulator", i, j, v, e[j]); err != nil {
+				return err
+			}
+			if math.Float64bits(v) == math.Float64bits(e[j]) || v != v && e[j] != e[j] {
+				equal++
+			}
+			all++
+		}
+	}
+	p.t.Logf("emulation: %d of %d elements have the same bits", equal, all)
 	return nil
+}
+
+var (
+	emulated     *cuda.Device
+	emulatedOnce sync.Once
+	emulatedErr  error
+)
+
+// emulator opens the emulated plugin, if one was built. In CI it was.
+func emulator(t testing.TB) engine.Device {
+	t.Helper()
+	emulatedOnce.Do(func() {
+		if os.Getenv("MARGO_EMU_PLUGIN") == "" {
+			path, err := filepath.Abs("../../bin/libmargo_emu.so")
+			if err == nil {
+				_, err = os.Stat(path)
+			}
+			if err != nil {
+				emulatedErr = err
+				return
+			}
+			os.Setenv("MARGO_EMU_PLUGIN", path)
+		}
+		emulated, emulatedErr = cuda.Open("emu:0", cuda.Options{Poison: true})
+	})
+	if emulatedErr != nil {
+		if os.Getenv("MARGO_NVCC_REQUIRED") != "" {
+			t.Fatalf("no emulated plugin: make emu builds one (%v)", emulatedErr)
+		}
+		t.Logf("NOT COMPARED with emulation: make emu builds the plugin (%v)", emulatedErr)
+		return nil
+	}
+	return emulated
 }
 
 // template reads what the mangled name of a kernel says of its arguments: types as f32, bf16, u32, u16, i32, numbers and truth
 // values as they are. A class that comes twice is a substitution the second time: it is bf16, the only class.
-func template(t *testing.T, name, kernel string) []string {
+func template(t testing.TB, name, kernel string) []string {
 	t.Helper()
 	at := strings.Index(name, kernel+"I")
 	if at < 0 {
@@ -287,7 +375,7 @@ func dtype(s string) engine.DType {
 	return map[string]engine.DType{"f32": engine.F32, "u32": engine.F32, "i32": engine.I32, "bf16": engine.BF16, "u16": engine.BF16}[s]
 }
 
-func numberOf(t *testing.T, s string) int {
+func numberOf(t testing.TB, s string) int {
 	t.Helper()
 	n, err := strconv.Atoi(s)
 	if err != nil {

@@ -13,6 +13,7 @@ type Launch struct {
 	Shared      int    // bytes of dynamic shared memory
 	Cooperative bool   // all blocks take turns, in place of one after the other
 	Args        []any  // uint32, int32, float32, uint64, int64, float64, or []byte for a struct
+	Poison      byte   // of new shared memory and of the targets of copies under way; 0: 0xff
 	MaxSteps    int    // of all warps together; 0: 2^28
 }
 
@@ -125,8 +126,19 @@ func poisoned(n int) []byte {
 	return b
 }
 
+// poison is shared memory that nobody has written.
+func (g *grid) poison(n int) []byte {
+	b := poisoned(n)
+	if p := g.launch.Poison; p != 0 {
+		for i := range b {
+			b[i] = p
+		}
+	}
+	return b
+}
+
 func (g *grid) newBlock(id [3]int) *block {
-	b := &block{grid: g, id: id, static: poisoned(g.k.shared), dynamic: poisoned(g.launch.Shared), arrived: map[int]int{}}
+	b := &block{grid: g, id: id, static: g.poison(g.k.shared), dynamic: g.poison(g.launch.Shared), arrived: map[int]int{}}
 	d := g.launch.Block
 	b.threads = d[0] * d[1] * d[2]
 	for i := 0; i < b.threads; i += 32 {

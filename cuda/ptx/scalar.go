@@ -107,6 +107,10 @@ func fmaOdd(a, b, c float32) float64 {
 	if math.IsInf(s, 0) || math.IsNaN(s) {
 		return s
 	}
+	// Twice rounded is once rounded, unless the bits that float32 drops are those of a tie, or the number is subnormal there.
+	if u := math.Float64bits(s); u&(1<<29-1) != 1<<28 && u>>52&0x7ff > 1023-126 && u&(1<<29-1) != 0 {
+		return s
+	}
 	t := s - p
 	e := (p - (s - t)) + (q - t)
 	if e != 0 && math.Float64bits(s)&1 == 0 {
@@ -154,8 +158,16 @@ func arithmetic(op string, mods []string, t string) (func(a, b, c uint64) uint64
 	return integer(op, mods, t)
 }
 
+// floatModifiers are those that f32 instructions may have.
+var floatModifiers = map[string][]string{
+	"add": {"rn", "rz", "rm", "rp", "ftz", "sat"}, "sub": {"rn", "rz", "rm", "rp", "ftz", "sat"}, "mul": {"rn", "rz", "rm", "rp", "ftz", "sat"},
+	"fma": {"rn", "rz", "rm", "rp", "ftz", "sat"}, "abs": {"ftz"}, "neg": {"ftz"}, "min": {"ftz"}, "max": {"ftz"},
+	"div": {"rn", "approx", "full", "ftz"}, "rcp": {"rn", "approx", "ftz"}, "sqrt": {"rn", "approx", "ftz"},
+	"rsqrt": {"approx", "ftz"}, "ex2": {"approx", "ftz"}, "lg2": {"approx", "ftz"}, "sin": {"approx", "ftz"}, "cos": {"approx", "ftz"}, "tanh": {"approx"},
+}
+
 func float(op string, mods []string) (func(a, b, c uint64) uint64, error) {
-	m, err := modifiers(mods, "rn", "rz", "rm", "rp", "ftz", "approx", "full", "sat")
+	m, err := modifiers(mods, floatModifiers[op]...)
 	if err != nil {
 		return nil, err
 	}

@@ -169,8 +169,11 @@ func barrier(in *instr, mods []string, _ string) error {
 }
 
 // cpAsync: cp.async.{cg,ca}.shared.global [dst], [src], size[, bytes]; commit_group; wait_group n; wait_all.
-func cpAsync(in *instr, mods []string, _ string) error {
+func cpAsync(in *instr, mods []string, t string) error {
 	if len(mods) < 2 || mods[0] != "async" {
+		return errUnknown
+	}
+	if mods[1] != "ca" && mods[1] != "cg" && (len(mods) != 2 || t != "") {
 		return errUnknown
 	}
 	switch mods[1] {
@@ -182,6 +185,9 @@ func cpAsync(in *instr, mods []string, _ string) error {
 		})
 		return in.want(0)
 	case "wait_group", "wait_all":
+		if n := len(in.args); mods[1] == "wait_all" && n != 0 || mods[1] == "wait_group" && (n != 1 || in.args[0].kind != immediate) {
+			return errUnknown
+		}
 		in.run = each(func(w *warp, l int) error {
 			keep := 0
 			if mods[1] == "wait_all" {
@@ -221,7 +227,7 @@ func cpAsync(in *instr, mods []string, _ string) error {
 		if err != nil {
 			return err
 		}
-		copy(b, poisoned(c.size)) // until the wait
+		copy(b, w.block.grid.poison(c.size)) // until the wait
 		if c.bytes > 0 {
 			if _, err := w.at("", c.src, c.bytes, 1, l); err != nil {
 				return err

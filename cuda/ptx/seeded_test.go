@@ -1,0 +1,102 @@
+package ptx
+
+import (
+	"fmt"
+	"regexp"
+	"runtime"
+	"strings"
+	"testing"
+)
+
+// recorder is a test that may fail.
+type recorder struct {
+	testing.TB
+	failed string
+}
+
+func (r *recorder) fail(s string) {
+	if r.failed == "" {
+		r.failed = strings.TrimSpace(s)
+	}
+}
+func (r *recorder) Helper()                   {}
+func (r *recorder) Error(a ...any)            { r.fail(fmt.Sprintln(a...)) }
+func (r *recorder) Errorf(f string, a ...any) { r.fail(fmt.Sprintf(f, a...)) }
+func (r *recorder) Fatal(a ...any)            { r.fail(fmt.Sprintln(a...)); runtime.Goexit() }
+func (r *recorder) Fatalf(f string, a ...any) { r.fail(fmt.Sprintf(f, a...)); runtime.Goexit() }
+
+// seeded are bugs in the PTX of kernels, as a compiler or a hand at inline assembly would make them. count is how many of the
+// pattern's occurrences are changed, 0 all. Each must fail its kernel's test, with what matches seen.
+var seeded = []struct {
+	file, kernel  string
+	what          string
+	pattern, with string
+	count         int
+	seen          string
+}{
+	{"attention.cu", "PlanILi64ELi64ELi4ELi1EEELb1E", "two fragments of one mma swapped", `(m16n8k16[^{]*\{[^}]*\},\{)(%r\d+),(%r\d+),`, "$1$3,$2,", 1, "oracle"},
+	{"attention.cu", "PlanILi72ELi64ELi4ELi1EEELb1E", "the fragments of one m16n8k8 swapped", `(m16n8k8\.[^{]*\{[^}]*\},\{)(%r\d+),(%r\d+)\}`, "$1$3,$2}", 1, "oracle"},
+	{"attention.cu", "PlanILi128ELi64ELi4ELi1EEELb1E", "an ldmatrix 16 bytes off", `(ldmatrix.*x4\.shared.*\[%r\d+)\]`, "$1+16]", 1, "oracle"},
+	{"attention.cu", "PlanILi64ELi64ELi4ELi1EEELb1E", "a lost .trans", `x4\.trans`, "x4", 1, "oracle"},
+	{"attention.cu", "PlanILi64ELi64ELi4ELi1EEELb1E", "no barriers", `bar\.sync\s+0;`, "", 0, "oracle"},
+	{"attention_paged.cu", "PlanILi64ELi64ELi4ELi1EEELb1E", "waits that leave a copy under way", `wait_group 0`, "wait_group 1", 0, "oracle"},
+	{"attention_decode.cu", "If", "no barriers", `bar\.sync\s+0;`, "", 0, "oracle"},
+	{"conv.cu", "conv_bf16ILi64ELi64ELi2ELi2ELi4ELb1E", "the swizzle of one chunk lost", `xor\.b32(\s+%r\d+, )(%r\d+), (%r\d+);`, "or.b32$1$2, $3;", 1, "oracle"},
+	{"conv.cu", "conv_f32ILi64ELi64E", "no barriers", `bar\.sync\s+0;`, "", 0, "oracle"},
+	{"gemm.cu", "gemm_bf16ILi32ELi32ELi1ELi2ELi6ELb1E", "waits that leave a stage too many under way", `wait_group 4`, "wait_group 5", 0, "oracle"},
+	{"group_norm.cu", "group_apply_kernelIffLb1E", "shuffles from fixed lanes", `shfl\.sync\.bfly`, "shfl.sync.idx", 0, "oracle"},
+	{"head.cu", "head_finalILi4E", "no barriers", `bar\.sync\s+0;`, "", 0, "oracle"},
+	{"head_latency.cu", "ILi1ELi8E", "no barriers", `bar\.sync\s+0;`, "", 0, ""},
+	{"categorical.cu", "Lb1E", "one step of the cumulative sum from the wrong lane", `shfl\.sync\.up`, "shfl.sync.down", 2, "oracle"},
+	{"pointwise.cu", "rows_kernelIfffLb1E", "one row too many", `setp\.ge\.s64(\s+%p1,)`, "setp.gt.s64$1", 1, "outside every buffer"},
+	{"diffusion.cu", "diffusion_step_kernelILb0E", "one column too many", `setp\.ge\.s64`, "setp.gt.s64", 0, ""},
+	{"norm.cu", "norm_warp_kernelIffLi4ELb1E", "a rounding that does not exist", `add\.f32`, "add.rna.f32", 1, "add.rna"},
+	{"pointwise.cu", "cast_kernelIffLb1E", "a predicate that nobody sets", `setp\S+\s+%p1,[^;]*;`, "", 1, "never written"},
+}
+
+func TestSeededBugsInKernels(t *testing.T) {
+	for _, bug := range seeded {
+		t.Run(bug.file+"/"+bug.what, func(t *testing.T) {
+			t.Parallel()
+			text := compiled(t, bug.file)
+			var name string
+			for _, n := range parsed(t, text).Kernels() {
+				if strings.Contains(n, bug.kernel) {
+					name = n
+				}
+			}
+			from := strings.Index(text, ".entry "+name)
+			if name == "" || from < 0 {
+				t.Fatalf("no kernel %s", bug.kernel)
+			}
+			end := from + strings.Index(text[from:], "\n}\n")
+			re, left := regexp.MustCompile(bug.pattern), bug.count
+			changed := 0
+			body := re.ReplaceAllStringFunc(text[from:end], func(s string) string {
+				if left--; bug.count > 0 && left < 0 {
+					return s
+				}
+				changed++
+				return re.ReplaceAllString(s, bug.with)
+			})
+			if changed == 0 || bug.count > 0 && changed != bug.count {
+				t.Fatalf("%s is %d times in %s", bug.pattern, changed, name)
+			}
+			m := parsed(t, text[:from]+body+text[end:])
+			r, done := &recorder{TB: t}, make(chan bool)
+			go func() {
+				defer close(done)
+				for key, f := range families[bug.file] {
+					if strings.Contains(name, key) {
+						f(r, m, name)
+					}
+				}
+			}()
+			<-done
+			if r.failed == "" || !strings.Contains(r.failed, bug.seen) {
+				t.Errorf("with %d changes the test says %q", changed, r.failed)
+			}
+			t.Log(r.failed)
+		})
+	}
+}
