@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -525,4 +526,35 @@ func TestCuBLASLtFile(t *testing.T) {
 	if d != nil {
 		t.Error("an error and a device")
 	}
+}
+
+// TestCuBLASLtStreams: streams that multiply at the same time share handle and choices.
+func TestCuBLASLtStreams(t *testing.T) {
+	d := ltDevice(t, "1")
+	for i := range 4 {
+		t.Run(strconv.Itoa(i), func(t *testing.T) {
+			t.Parallel()
+			s, err := d.NewStream()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer s.Close()
+			for range 3 {
+				for _, c := range ltCases {
+					c.check(t, d, s)
+				}
+			}
+		})
+	}
+	t.Cleanup(func() { // before the device is closed
+		want := 0
+		for _, c := range ltCases {
+			if c.served {
+				want += 12
+			}
+		}
+		if n := served(d); n != uint64(want) && os.Getenv("MARGO_CUDA_TEST_DEVICE") == "" {
+			t.Errorf("cuBLASLt made %d products, want %d", n, want)
+		}
+	})
 }
