@@ -1,6 +1,8 @@
 package dist
 
 import (
+	"bytes"
+	"crypto/sha256"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -38,9 +40,10 @@ const (
 	opSum
 	opBroadcast
 	opBarrier
+	opAgree
 )
 
-var opNames = map[uint8]string{opReady: "join", opSum: "all-reduce", opBroadcast: "broadcast", opBarrier: "barrier"}
+var opNames = map[uint8]string{opReady: "join", opSum: "all-reduce", opBroadcast: "broadcast", opBarrier: "barrier", opAgree: "agreement"}
 
 // header goes before every message: what is called, the how manieth call it is, of
 // what dtype, from which root, and the bytes that follow.
@@ -107,7 +110,7 @@ func readHeader(c io.Reader, want header) (header, error) {
 
 // collect runs one collective: the data of every rank that sends is combined on rank 0
 // in the order of ranks, and data becomes the result on all.
-func (g *Group) collect(h header, data []byte, combine func(rank int, theirs []byte)) error {
+func (g *Group) collect(h header, data []byte, combine func(rank int, theirs []byte) error) error {
 	if g.broken != nil {
 		return g.broken
 	}
@@ -117,7 +120,9 @@ func (g *Group) collect(h header, data []byte, combine func(rank int, theirs []b
 	g.seq++
 	h.seq, h.bytes = g.seq, uint64(len(data))
 	until := func(c net.Conn, times time.Duration) { c.SetDeadline(time.Now().Add(times * g.limit)) }
-	sends := func(rank int) bool { return h.op == opSum || h.op == opBroadcast && rank == int(h.root) }
+	sends := func(rank int) bool {
+		return h.op == opSum || h.op == opAgree || h.op == opBroadcast && rank == int(h.root)
+	}
 	if c := g.peers[0]; g.place.Rank != 0 {
 		until(c, 2) // rank 0's error, which names who is late, comes first
 		err := writeHeader(c, h)
@@ -145,7 +150,7 @@ func (g *Group) collect(h header, data []byte, combine func(rank int, theirs []b
 		_, err := readHeader(c, h)
 		if err == nil && sends(r) {
 			if _, err = io.ReadFull(c, theirs); err == nil {
-				combine(r, theirs)
+				err = combine(r, theirs)
 			}
 		}
 		if err != nil {
@@ -210,6 +215,24 @@ func (g *Group) Barrier() error {
 	return g.collect(header{op: opBarrier}, nil, nil)
 }
 
+// agreeText is how much of a text travels with its hash, for messages.
+const agreeText = 256
+
+// Agree waits like Barrier, and is an error on every rank unless all call it with the
+// same text: what they are about to do by other means, which would not notice.
+func (g *Group) Agree(text string) error {
+	hash := sha256.Sum256([]byte(text))
+	data := make([]byte, len(hash)+agreeText)
+	copy(data[copy(data, hash[:]):], text)
+	return g.collect(header{op: opAgree}, data, func(_ int, theirs []byte) error {
+		if bytes.Equal(theirs, data) {
+			return nil
+		}
+		said := func(b []byte) []byte { return bytes.TrimRight(b[len(hash):], "\x00") }
+		return fmt.Errorf("it says %q, rank 0 %q", said(theirs), said(data))
+	})
+}
+
 // SumBytes and BroadcastBytes are AllReduce and Broadcast of host memory, little
 // endian.
 
@@ -219,19 +242,23 @@ func (g *Group) SumBytes(d engine.DType, data []byte) error {
 		return bad("all-reduce: %d bytes of %v", len(data), d)
 	}
 	if g.place.Rank != 0 || d != engine.BF16 {
-		return g.collect(header{op: opSum, dtype: uint8(d)}, data, func(_ int, theirs []byte) { add(d, data, theirs) })
+		return g.collect(header{op: opSum, dtype: uint8(d)}, data, func(_ int, theirs []byte) error {
+			add(d, data, theirs)
+			return nil
+		})
 	}
 	wide := make([]float32, len(data)/2) // BF16 is rounded once
 	for i := range wide {
 		wide[i] = engine.FromBF16(binary.LittleEndian.Uint16(data[2*i:]))
 	}
-	return g.collect(header{op: opSum, dtype: uint8(d)}, data, func(rank int, theirs []byte) {
+	return g.collect(header{op: opSum, dtype: uint8(d)}, data, func(rank int, theirs []byte) error {
 		for i := range wide {
 			wide[i] += engine.FromBF16(binary.LittleEndian.Uint16(theirs[2*i:]))
 			if rank == g.place.Size-1 {
 				binary.LittleEndian.PutUint16(data[2*i:], engine.ToBF16(wide[i]))
 			}
 		}
+		return nil
 	})
 }
 
@@ -258,7 +285,10 @@ func (g *Group) broadcast(root int, d engine.DType, data []byte) error {
 		return bad("broadcast from rank %d of %d", root, g.place.Size)
 	}
 	return g.collect(header{op: opBroadcast, dtype: uint8(d), root: uint16(root)}, data,
-		func(_ int, theirs []byte) { copy(data, theirs) })
+		func(_ int, theirs []byte) error {
+			copy(data, theirs)
+			return nil
+		})
 }
 
 // AllReduce sums tensors over the ranks, in their order; see engine.Comm.

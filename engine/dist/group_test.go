@@ -201,6 +201,25 @@ func TestDisagreement(t *testing.T) {
 	}
 }
 
+// Agree passes where all say the same, and tells all ranks who said what where not.
+func TestAgree(t *testing.T) {
+	long := strings.Repeat("x", 1000)
+	allFine(t, together(t, 3, 20*time.Second, func(g *Group) error { return errors.Join(g.Agree(""), g.Agree("sum"), g.Agree(long)) }))
+	for _, odd := range []string{"mean", long + "y"} {
+		same := map[bool]string{true: "sum", false: long}[odd == "mean"]
+		for r, err := range together(t, 3, 20*time.Second, func(g *Group) error {
+			if g.Rank() == 1 {
+				return g.Agree(odd)
+			}
+			return g.Agree(same)
+		}) {
+			if !errors.Is(err, engine.CommFault) || !strings.Contains(strings.ReplaceAll(err.Error(), `\`, ""), `rank 1: it says "`+odd[:4]) {
+				t.Errorf("rank %d: %v", r, err)
+			}
+		}
+	}
+}
+
 // A rank that does not come to a collective is named after the time limit.
 func TestLateRank(t *testing.T) {
 	release := make(chan struct{})
