@@ -114,6 +114,7 @@ func cString(b []byte) string {
 var kinds = map[C.margo_status]engine.Kind{
 	C.MARGO_INVALID: engine.Invalid, C.MARGO_UNSUPPORTED: engine.Unsupported, C.MARGO_OUT_OF_MEMORY: engine.OutOfMemory,
 	C.MARGO_DEVICE_FAULT: engine.DeviceFault, C.MARGO_CANCELLED: engine.Cancelled, C.MARGO_INTERNAL: engine.Internal,
+	C.MARGO_COMM_FAULT: engine.CommFault,
 }
 
 // Count is the number of devices of a kind, "cuda" or "emu". It is an error, which

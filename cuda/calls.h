@@ -70,6 +70,16 @@ static inline margo_status m_run(const margo_api *a, int which, margo_stream *s,
 static inline margo_status m_head_workspace(const margo_api *a, margo_context *c, const margo_head_steps_args *x, uint64_t budget, uint64_t *out) { return a->head_steps_workspace(c, x, budget, out); }
 static inline margo_status m_group_norm_workspace(const margo_api *a, margo_context *c, const margo_group_norm_args *x, uint64_t *out) { return a->group_norm_workspace(c, x, out); }
 
+static inline margo_status m_nccl_version(const margo_api *a, int32_t *v, char *err, size_t b) { return a->nccl_version(v, err, b); }
+static inline margo_status m_comm_unique_id(const margo_api *a, uint8_t *id, char *err, size_t b) { return a->comm_unique_id(id, err, b); }
+static inline margo_status m_comm_init(const margo_api *a, margo_context *c, const margo_comm_args *x, margo_comm **out) { return a->comm_init(c, x, out); }
+static inline margo_status m_all_reduce(const margo_api *a, margo_stream *s, margo_comm *m, int64_t n, const margo_mat *t) { return a->all_reduce(s, m, n, t); }
+static inline margo_status m_broadcast(const margo_api *a, margo_stream *s, margo_comm *m, int32_t root, int64_t n, const margo_mat *t) { return a->broadcast(s, m, root, n, t); }
+static inline margo_status m_comm_wait(const margo_api *a, margo_comm *m, int32_t limit_ms) { return a->comm_wait(m, limit_ms); }
+static inline margo_status m_comm_close(const margo_api *a, margo_comm *m) { return a->comm_close(m); }
+// m_has_comm: the table's entries for ranks are there.
+static inline int m_has_comm(const margo_api *a) { return a->nccl_version && a->comm_unique_id && a->comm_init && a->all_reduce && a->broadcast && a->comm_wait && a->comm_close; }
+
 typedef const margo_api *(*m_plugin_fn)(uint32_t, uint32_t *);
 // m_load opens a plugin; NULL with the reason in err, *have the version found (0: no plugin at all).
 static inline const margo_api *m_load(const char *path, uint32_t *have, char *err, size_t bytes) {

@@ -16,5 +16,7 @@
 // matrix products out. $MARGO_CUBLASLT is 0 (the default), 1 or autotune: the vendor's library
 // for products without an epilogue of ours, which also makes an image depend on the batch.
 //
+// $MARGO_NCCL_LIB is the NCCL that Comm uses for ranks, else libnccl.so.2.
+//
 // Bindings are our own and thin: the function table of kernels/margo_abi.h.
 package cuda

@@ -26,7 +26,7 @@ extern "C" {
 #endif
 
 #define MARGO_ABI_MAJOR 1
-#define MARGO_ABI_MINOR 2
+#define MARGO_ABI_MINOR 3
 
 typedef enum margo_status {
 	MARGO_OK = 0,
@@ -35,7 +35,8 @@ typedef enum margo_status {
 	MARGO_OUT_OF_MEMORY = 3, // text: asked, held and free bytes
 	MARGO_DEVICE_FAULT = 4,  // sticky: the device failed, its state is unknown
 	MARGO_CANCELLED = 5,     // the cancel flag was set
-	MARGO_INTERNAL = 6       // a broken invariant of the plugin
+	MARGO_INTERNAL = 6,      // a broken invariant of the plugin
+	MARGO_COMM_FAULT = 7     // a collective or another rank failed
 } margo_status;
 
 // Values of engine.DType and engine.Activation.
@@ -46,6 +47,7 @@ typedef struct margo_context margo_context; // a device
 typedef struct margo_stream margo_stream;
 typedef struct margo_event margo_event;
 typedef struct margo_graph margo_graph;
+typedef struct margo_comm margo_comm; // a rank's end of a group of ranks
 
 // margo_mat is the matrix view of a tensor: rows × cols elements, rows ld
 // elements apart. p is 0 for an absent option.
@@ -243,6 +245,15 @@ typedef struct margo_cublaslt_algo {
 	uint64_t algo[8];           // the library's
 } margo_cublaslt_algo;
 
+enum { MARGO_COMM_ID_BYTES = 128 };
+
+typedef struct margo_comm_args {
+	uint32_t size;
+	int32_t rank, ranks;
+	int32_t limit_ms; // to wait for the other ranks
+	uint8_t id[MARGO_COMM_ID_BYTES]; // of comm_unique_id, the same on all ranks
+} margo_comm_args;
+
 // margo_api is the table. Unless said otherwise pointers to results must not be
 // NULL, and strings are zero-terminated.
 typedef struct margo_api {
@@ -314,6 +325,20 @@ typedef struct margo_api {
 	margo_status (*cublaslt_workspace)(margo_stream *, uint64_t p, uint64_t bytes);
 	margo_status (*cublaslt_algo)(margo_context *, int64_t i, margo_cublaslt_algo *out);
 	margo_status (*cublaslt_store)(margo_context *, const margo_cublaslt_algo *);
+
+	// Collectives of ranks with a device each, by NCCL (MARGO_NCCL_LIB, else libnccl.so.2), which is opened
+	// at the first call; the emulated plugin has a stand-in. Without it they are UNSUPPORTED, with the reason.
+	// A COMM_FAULT leaves a margo_comm unusable but for comm_close. all_reduce sums and broadcast copies n
+	// contiguous tensors of any dtype in place: they enqueue, and comm_wait waits, at most limit_ms, for what
+	// was enqueued last; only then are contents defined. Not while the stream captures.
+	margo_status (*nccl_version)(int32_t *version, char *err, size_t err_bytes); // as 23203 for 2.32.3
+	margo_status (*comm_unique_id)(uint8_t *id, char *err, size_t err_bytes);    // MARGO_COMM_ID_BYTES, by one rank for all
+	margo_status (*comm_init)(margo_context *, const margo_comm_args *, margo_comm **out); // waits for all ranks
+	margo_status (*all_reduce)(margo_stream *, margo_comm *, int64_t n, const margo_mat *);
+	margo_status (*broadcast)(margo_stream *, margo_comm *, int32_t root, int64_t n, const margo_mat *);
+	margo_status (*comm_error)(margo_comm *); // what has failed in the background; waits for nothing
+	margo_status (*comm_wait)(margo_comm *, int32_t limit_ms);
+	margo_status (*comm_close)(margo_comm *); // ends what is under way, waits for no other rank; frees the margo_comm
 } margo_api;
 
 // margo_plugin returns the table if it has this major version, else NULL; *have is

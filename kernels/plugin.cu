@@ -557,6 +557,7 @@ const margo_api table = {
 	synchronize,
 	op<margo_categorical_args, op_categorical>,
 	cublaslt_probe, cublaslt_open, cublaslt_workspace, cublaslt_algo, cublaslt_store,
+	nccl_version, comm_unique_id, comm_init, comm_all_reduce, comm_broadcast, comm_error, comm_wait, comm_close,
 };
 
 } // namespace

@@ -131,3 +131,13 @@ margo_status op_group_norm_workspace(margo_context *, const margo_group_norm_arg
 margo_status op_group_norm(margo_stream *, const margo_group_norm_args *);
 margo_status op_patchify(margo_stream *, const margo_patchify_args *);
 margo_status op_categorical(margo_stream *, const margo_categorical_args *);
+
+// Collectives of ranks: nccl.cu. They make the context's device current themselves.
+margo_status nccl_version(int32_t *version, char *err, size_t err_bytes);
+margo_status comm_unique_id(uint8_t *id, char *err, size_t err_bytes);
+margo_status comm_init(margo_context *, const margo_comm_args *, margo_comm **out);
+margo_status comm_all_reduce(margo_stream *, margo_comm *, int64_t n, const margo_mat *);
+margo_status comm_broadcast(margo_stream *, margo_comm *, int32_t root, int64_t n, const margo_mat *);
+margo_status comm_error(margo_comm *);
+margo_status comm_wait(margo_comm *, int32_t limit_ms);
+margo_status comm_close(margo_comm *);

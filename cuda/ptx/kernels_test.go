@@ -73,6 +73,7 @@ func TestKernels(t *testing.T) {
 var notRun = map[string]string{
 	"gemm_sm90a.cu": "compute_80 has neither wgmma nor TMA",
 	"cublaslt.cu":   "no kernels",
+	"nccl.cu":       "no kernels",
 	"plugin.cu":     "no kernels",
 }
 

@@ -108,6 +108,8 @@ cudaError_t copy_item(void *dst, size_t dpitch, const void *src, size_t spitch, 
 
 } // namespace
 
+bool device_memory(const void *p, size_t bytes) { return inside(p, bytes, true); }
+
 } // namespace emu
 
 using namespace emu;

@@ -21,6 +21,7 @@
 //                       with the most beyond that
 //   MARGO_EMU_FAIL_ALLOC n: allocations after the n-th fail, as if another process had taken what was free
 //   MARGO_EMU_BUILT_FOR the architecture that the plugin has code for (80): an older device refuses every kernel
+//   MARGO_EMU_NCCL_LIMIT milliseconds that a collective waits for other ranks (120000)
 //   MARGO_EMU_LOSE_DEVICE n: the device fails at launch n
 //   MARGO_EMU_CUBLASLT  what a function of the stand-in for cuBLASLt returns, as Matmul:15 (cublaslt.cpp); read at every call
 #pragma once

@@ -33,6 +33,9 @@ struct Item {
 	std::shared_ptr<const emu_graph> graph; // or a graph
 	std::vector<int> left;                  // nodes of the graph that have not run
 	bool begun = false;
+	// Or a collective: step does a part and is true after the last; can says whether it would get anywhere
+	// now, for ranks of other threads or processes may have to come first.
+	std::function<bool()> step, can;
 };
 
 struct Capture {
@@ -95,6 +98,7 @@ void drive(emu_stream *prefer, const std::function<bool()> &done);
 void settle(); // lets streams that hold too much run; neither mutex is held
 cudaError_t synchronize(emu_stream *); // null: all of the current device
 void drop_work(int device); // under mu
+bool device_memory(const void *, size_t bytes); // lies in one buffer of a device; under mu
 void trace(const char *format, ...) __attribute__((format(printf, 1, 2)));
 void run_launch(const Launch &, int device);
 // waiting is the error that a call which waits, or allocates, gets while the thread captures. Under mu.

@@ -4,7 +4,7 @@
 // not declared shows as work that has not been done yet; with one, any stream's
 // next piece may run first.
 #include <chrono>
-#include <utility>
+#include <thread>
 
 #include "state.h"
 
@@ -20,7 +20,18 @@ bool runnable(const emu_stream &s) {
 	if (s.queue.empty()) return false;
 	for (auto &t : s.queue.front().waits)
 		if (!t.reached()) return false;
-	return true;
+	return !s.queue.front().can || s.queue.front().can();
+}
+
+// waits_for_ranks: what the stream needs next is a collective for which other ranks have to come.
+bool waits_for_ranks(emu_stream *s) {
+	while (s && !s->queue.empty() && !s->queue.front().can) {
+		emu_stream *next = nullptr;
+		for (auto &t : s->queue.front().waits)
+			if (!t.reached()) next = t.stream.get();
+		s = next;
+	}
+	return s && !s->queue.empty();
 }
 
 // needed follows the waits of a stream to one whose next piece can run.
@@ -92,6 +103,15 @@ void perform(emu_stream *s, std::unique_lock<std::mutex> &lock) {
 	const int device = s->device;
 	const bool last = !i.graph || i.left.empty();
 	lock.unlock();
+	if (i.step) {
+		bool ended = i.step();
+		lock.lock();
+		if (st.devices[size_t(device)].error != cudaSuccess)
+			drop_work(device);
+		else if (ended)
+			finish();
+		return;
+	}
 	if (work->launch) run_launch(*work->launch, device);
 	if (work->act) work->act();
 	lock.lock();
@@ -155,12 +175,20 @@ void drive(emu_stream *prefer, const std::function<bool()> &done) {
 		std::lock_guard<std::mutex> lock(s.mu);
 		if (done()) return;
 	}
-	std::lock_guard<std::mutex> run(s.run_mu);
+	std::unique_lock<std::mutex> run(s.run_mu);
 	std::unique_lock<std::mutex> lock(s.mu);
 	while (!done()) {
 		emu_stream *next = choose(prefer);
-		if (!next) return;
-		perform(next, lock);
+		if (next) {
+			perform(next, lock);
+			continue;
+		}
+		if (!waits_for_ranks(prefer)) return;
+		lock.unlock();
+		run.unlock(); // other ranks may be threads of this process
+		std::this_thread::sleep_for(std::chrono::microseconds(50));
+		run.lock();
+		lock.lock();
 	}
 }
 
@@ -255,8 +283,8 @@ cudaError_t cudaStreamQuery(cudaStream_t p) {
 			return note(cudaErrorStreamCaptureUnsupported);
 		}
 	}
-	bool once = false; // a step of progress, so that polling ends
-	drive(s.get(), [&] { return s->queue.empty() || std::exchange(once, true); });
+	int asked = 0; // before it and before its first piece of work: one of progress, so that polling ends
+	drive(s.get(), [&] { return s->queue.empty() || asked++ > 1; });
 	std::lock_guard<std::mutex> lock(state().mu);
 	cudaError_t e = usable();
 	return e != cudaSuccess ? note(e) : s->queue.empty() ? cudaSuccess : cudaErrorNotReady;
@@ -357,8 +385,8 @@ cudaError_t cudaEventQuery(cudaEvent_t ev) {
 		if (!state().events.count(ev)) return note(cudaErrorInvalidResourceHandle);
 		t = ev->recorded;
 	}
-	bool once = false;
-	if (t.stream) drive(t.stream.get(), [&] { return t.reached() || std::exchange(once, true); });
+	int asked = 0;
+	if (t.stream) drive(t.stream.get(), [&] { return t.reached() || asked++ > 1; });
 	std::lock_guard<std::mutex> lock(state().mu);
 	cudaError_t e = usable();
 	return e != cudaSuccess ? note(e) : t.reached() ? cudaSuccess : cudaErrorNotReady;

@@ -1,0 +1,276 @@
+package cuda
+
+// #include "calls.h"
+import "C"
+
+import (
+	"fmt"
+	"strings"
+	"time"
+	"unsafe"
+
+	"margo/engine"
+)
+
+// Rendezvous is how ranks meet before NCCL connects their devices, and agree about
+// what they call: engine/dist's Group. Each call is one of all ranks, with a time
+// limit; what goes wrong is an error of kind CommFault on all.
+type Rendezvous interface {
+	Rank() int
+	Size() int
+	SumBytes(d engine.DType, data []byte) error // Σ over the ranks, of every element
+	BroadcastBytes(root int, data []byte) error // data of rank root
+	Agree(text string) error                    // an error unless all ranks say the same
+	Barrier() error
+	Close() error
+}
+
+// Comm is a group of ranks with a device of this package each, whose tensors NCCL
+// sends from device to device. It keeps engine.Comm's promises, with these differences:
+//
+//   - NCCL adds in an order of its own, which depends on the machine and the number of
+//     ranks, and rounds BF16 at every addition: all ranks get the same bits in one run,
+//     but not those of ((t_0 + t_1) + t_2) + …. The stand-in of emulated devices adds
+//     in that order, BF16 in F32 and rounded once, as engine/dist does.
+//   - All ranks need devices of their own: NCCL refuses two ranks on one.
+//
+// NCCL does not notice when ranks disagree, and waits for ever for a rank that does not
+// come. So before each call the ranks agree about it over the Rendezvous, one round trip
+// to rank 0, and the call returns when the device has done it, or after the time limit.
+// A stream that captures is refused. A mistake of this rank alone (a tensor of another
+// device, say) is an error of kind Invalid before anybody else hears of it.
+type Comm struct {
+	meet   Rendezvous
+	dev    *Device
+	c      *C.margo_comm // nil once closed
+	limit  time.Duration
+	broken error
+}
+
+var _ engine.Comm = (*Comm)(nil)
+
+// NCCLVersion is the version of the NCCL that devices of a kind, "cuda" or "emu", use,
+// as "2.32.3"; of an emulator's stand-in, that of its prototypes. NCCL is the library
+// that MARGO_NCCL_LIB names, else libnccl.so.2. The error says why there is none.
+func NCCLVersion(kind string) (string, error) {
+	p, err := load(kind)
+	if err != nil {
+		return "", err
+	}
+	v, err := p.ncclVersion()
+	if err != nil {
+		return "", err
+	}
+	return fmt.Sprintf("%d.%d.%d", v/10000, v/100%100, v%100), nil
+}
+
+func (p *plugin) ncclVersion() (int, error) {
+	if C.m_has_comm(p.api) == 0 {
+		return 0, engine.Errorf("open NCCL", engine.Unsupported, "the plugin %s has no entries for ranks", p.path)
+	}
+	var v C.int32_t
+	text := make([]byte, 1024)
+	if s := C.m_nccl_version(p.api, &v, (*C.char)(unsafe.Pointer(&text[0])), C.size_t(len(text))); s != C.MARGO_OK {
+		return 0, engine.Errorf("open NCCL", kinds[s], "%s", cString(text))
+	}
+	return int(v), nil
+}
+
+// NewComm connects this device with those of the other ranks, which call it too.
+// limit is how long a collective may take on the devices, with all that its stream has
+// to do before. On success the Comm owns meet and closes it. If NCCL is missing or too
+// different somewhere the error, on all ranks, is of kind Unsupported, and meet can
+// serve as the communicator instead. Close the Comm before the device.
+func (d *Device) NewComm(meet Rendezvous, limit time.Duration) (*Comm, error) {
+	const op = "join ranks"
+	if limit < time.Millisecond {
+		return nil, d.errorf(op, engine.Invalid, "a time limit of %v", limit)
+	}
+	rank, size := meet.Rank(), meet.Size()
+	version, missing := d.p.ncclVersion()
+	versions, err := everyRanks(meet, version)
+	if err != nil {
+		return nil, err
+	}
+	for r, v := range versions {
+		switch {
+		case v == 0 && missing != nil:
+			return nil, d.errorf(op, engine.Unsupported, "%w", missing)
+		case v == 0:
+			return nil, d.errorf(op, engine.Unsupported, "rank %d of %d has no NCCL", r, size)
+		case v/10000 != versions[0]/10000: // NCCL refuses finer differences itself, if it minds
+			return nil, d.errorf(op, engine.Unsupported, "rank %d has NCCL %d, rank 0 has %d", r, v, versions[0])
+		}
+	}
+	// Rank 0 makes the id; a first byte of 0 says that it could not, and a text why.
+	message := make([]byte, 1+1024)
+	if rank == 0 {
+		var id [C.MARGO_COMM_ID_BYTES]C.uint8_t
+		if C.m_comm_unique_id(d.p.api, &id[0], (*C.char)(unsafe.Pointer(&message[1])), C.size_t(len(message)-1)) == C.MARGO_OK {
+			message[0] = 1
+			for i, b := range id {
+				message[1+i] = byte(b)
+			}
+		}
+	}
+	if err := meet.BroadcastBytes(0, message); err != nil {
+		return nil, err
+	}
+	if message[0] == 0 {
+		return nil, d.errorf(op, engine.Unsupported, "rank 0: %s", cString(message[1:]))
+	}
+	c := &Comm{meet: meet, dev: d, limit: limit}
+	args := C.margo_comm_args{size: C.sizeof_margo_comm_args, rank: C.int32_t(rank), ranks: C.int32_t(size), limit_ms: C.int32_t(c.milliseconds())}
+	for i := range args.id {
+		args.id[i] = C.uint8_t(message[1+i])
+	}
+	failure := d.status(op, C.m_comm_init(d.p.api, d.ctx, &args, &c.c))
+	joined := 1
+	if failure != nil {
+		joined = 0
+	}
+	all, err := everyRanks(meet, joined)
+	for r, v := range all {
+		if v == 0 && failure == nil && err == nil {
+			err = d.errorf(op, engine.CommFault, "rank %d of %d could not join", r, size)
+		}
+	}
+	if failure != nil {
+		err = failure
+	}
+	if err != nil {
+		c.hangUp()
+		return nil, err
+	}
+	return c, nil
+}
+
+// everyRanks collects a number from every rank.
+func everyRanks(meet Rendezvous, mine int) ([]int, error) {
+	data := make([]byte, 4*meet.Size())
+	put := data[4*meet.Rank():]
+	put[0], put[1], put[2], put[3] = byte(mine), byte(mine>>8), byte(mine>>16), byte(mine>>24)
+	if err := meet.SumBytes(engine.I32, data); err != nil {
+		return nil, err
+	}
+	all := make([]int, meet.Size())
+	for r := range all {
+		b := data[4*r:]
+		all[r] = int(b[0]) | int(b[1])<<8 | int(b[2])<<16 | int(b[3])<<24
+	}
+	return all, nil
+}
+
+func (c *Comm) milliseconds() int64 { return min(c.limit.Milliseconds(), 1<<31-1) }
+
+// Rank is this process's number.
+func (c *Comm) Rank() int { return c.meet.Rank() }
+
+// Size is the number of ranks.
+func (c *Comm) Size() int { return c.meet.Size() }
+
+// AllReduce sums tensors over the ranks; see Comm for the order.
+func (c *Comm) AllReduce(s engine.Stream, t ...*engine.Tensor) error {
+	return c.call("all-reduce", s, -1, t)
+}
+
+// Broadcast replaces tensors by those of rank root.
+func (c *Comm) Broadcast(s engine.Stream, root int, t ...*engine.Tensor) error {
+	if root < 0 || root >= c.Size() {
+		return c.dev.errorf("broadcast", engine.Invalid, "from rank %d of %d", root, c.Size())
+	}
+	return c.call("broadcast", s, root, t)
+}
+
+// call agrees about a collective, enqueues it and waits for it; root -1: a sum.
+func (c *Comm) call(op engine.Op, stream engine.Stream, root int, tensors []*engine.Tensor) error {
+	if c.broken != nil {
+		return c.broken
+	}
+	s, ok := stream.(*Stream)
+	if !ok || s.dev != c.dev {
+		return c.dev.errorf(op, engine.Invalid, "the stream is of another device")
+	}
+	if err := s.ready(op, nil); err != nil {
+		return err
+	}
+	if s.capturing {
+		return c.dev.errorf(op, engine.Invalid, "stream is capturing")
+	}
+	var err error
+	var mats []C.margo_mat
+	var what strings.Builder
+	what.WriteString(string(op))
+	if root >= 0 {
+		fmt.Fprintf(&what, " from rank %d", root)
+	}
+	for i, t := range tensors {
+		if t == nil || !t.Contiguous() {
+			return c.dev.errorf(op, engine.Invalid, "%v is not a contiguous tensor", t)
+		}
+		m := s.mat(t, &err)
+		if err != nil {
+			return s.named(op, err)
+		}
+		if t.Elems() > 0 {
+			mats = append(mats, m)
+		}
+		fmt.Fprintf(&what, "%s %d %v", map[bool]string{true: " of", false: ","}[i == 0], t.Elems(), t.DType)
+	}
+	if err := c.meet.Agree(what.String()); err != nil {
+		return c.breakUp(err)
+	}
+	if len(mats) == 0 {
+		return nil
+	}
+	api := c.dev.p.api
+	if root >= 0 {
+		err = c.dev.status(op, C.m_broadcast(api, s.s, c.c, C.int32_t(root), C.int64_t(len(mats)), &mats[0]))
+	} else {
+		err = c.dev.status(op, C.m_all_reduce(api, s.s, c.c, C.int64_t(len(mats)), &mats[0]))
+	}
+	if err == nil {
+		err = c.dev.status(op, C.m_comm_wait(api, c.c, C.int32_t(c.milliseconds())))
+	}
+	if err != nil {
+		return c.breakUp(err)
+	}
+	return nil
+}
+
+// Barrier waits until every rank has called it.
+func (c *Comm) Barrier() error {
+	if c.broken != nil {
+		return c.broken
+	}
+	if err := c.meet.Barrier(); err != nil {
+		return c.breakUp(err)
+	}
+	return nil
+}
+
+// breakUp makes err the communicator's last word; the other ranks hear of it in their
+// present or next call.
+func (c *Comm) breakUp(err error) error {
+	c.broken = err
+	c.hangUp()
+	c.meet.Close()
+	return err
+}
+
+func (c *Comm) hangUp() {
+	if c.c != nil {
+		C.m_comm_close(c.dev.p.api, c.c)
+		c.c = nil
+	}
+}
+
+// Close leaves the group: the others learn of it in their next call.
+func (c *Comm) Close() error {
+	if c.broken != nil {
+		return nil
+	}
+	c.broken = c.dev.errorf("ranks", engine.CommFault, "rank %d has left the group", c.Rank())
+	c.hangUp()
+	return c.meet.Close()
+}
