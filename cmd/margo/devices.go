@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"strings"
 
@@ -16,7 +17,7 @@ func devicesCommand() *cli.Command {
 		Name:      "devices",
 		Usage:     "list the devices that margo can compute on",
 		UsageText: "margo devices [flags]",
-		Description: `A device's name is what --device of the other commands takes. With --measure the peaks that benchmarks are compared with are measured, which takes a moment and wants an idle machine; a GPU's follow from its clocks and units. For a GPU there is also what NVML tells (temperature, power, clocks and what holds them back, and how busy it is) and which cuBLASLt there is, or why none. Where there is no CUDA device the last line says what is missing.
+		Description: `A device's name is what --device of the other commands takes. With --measure the peaks that benchmarks are compared with are measured, which takes a moment and wants an idle machine; a GPU's follow from its clocks and units. For a GPU there is also what NVML tells (temperature, power, clocks and what holds them back, and how busy it is) and which cuBLASLt there is, or why none. Where there is no CUDA device the last line says what is missing. With the plugin for CUDA a line tells the version of NCCL, which connects the devices of ranks, or why there is none.
 
 Example:
   margo devices --measure`,
@@ -103,8 +104,9 @@ func devices(c *cli.Context) error {
 	}
 	gpus, why := cudaDevices()
 	lines = append(lines, gpus...)
+	nccl, noNCCL := ncclLine()
 	if c.Bool("json") {
-		return printJSON(c.App.Writer, map[string]any{"devices": lines, "cuda": why})
+		return printJSON(c.App.Writer, map[string]any{"devices": lines, "cuda": why, "nccl": nccl, "nccl_missing": noNCCL})
 	}
 	for _, l := range lines {
 		fmt.Fprintf(c.App.Writer, "%-6s %s, %s, %d %s, %s of %s memory free\n", l.Name, l.Model, l.Arch, l.Threads, units(l.Name), plan.Size(l.MemFree), plan.Size(l.MemTotal))
@@ -127,7 +129,21 @@ func devices(c *cli.Context) error {
 	if why != "" {
 		fmt.Fprintf(c.App.Writer, "%-6s %s\n", "cuda", why)
 	}
+	if line := nccl + noNCCL; line != "" {
+		fmt.Fprintf(c.App.Writer, "%-6s %s\n", "nccl", line)
+	}
 	return nil
+}
+
+// ncclLine is NCCL's version, or why there is none; both are empty without a plugin
+// that could use it, which is said elsewhere.
+func ncclLine() (version, missing string) {
+	version, err := cuda.NCCLVersion("cuda")
+	var e *engine.Error
+	if errors.As(err, &e) && e.Op == "open NCCL" {
+		return "", oneLine(err.Error())
+	}
+	return version, ""
 }
 
 // units is what a device's Threads counts.

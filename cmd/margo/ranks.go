@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/json"
+	"fmt"
 	"os"
 	"time"
 
@@ -43,6 +44,19 @@ func readRanks(c *cli.Context) (*dist.Place, error) {
 		}
 	}
 	return p, nil
+}
+
+// deviceOf is the device that a rank of this machine takes: of "cuda" and "emu" without
+// a number the one with the rank's number on its machine, or the only one that the rank
+// sees, for launchers that show each rank one of them. count is cuda.Count.
+func deviceOf(name string, p *dist.Place, count func(kind string) (int, error)) string {
+	if p == nil || name != "cuda" && name != "emu" {
+		return name
+	}
+	if n, err := count(name); err != nil || n == 1 { // an error is said when the device is opened
+		return name + ":0"
+	}
+	return fmt.Sprintf("%s:%d", name, p.Local)
 }
 
 // share takes the rank's images of the job, contiguous: an image depends on seed and

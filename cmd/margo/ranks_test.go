@@ -9,6 +9,8 @@ import (
 	"strings"
 	"sync"
 	"testing"
+
+	"margo/engine/dist"
 )
 
 // runRanks runs sample as every rank of a group in one folder.
@@ -75,5 +77,25 @@ func TestRanksRefuse(t *testing.T) {
 	t.Setenv("RANK", "1")
 	if code, _, err := margo(quick("--out", dir)...); code != exitUsage || !strings.Contains(err, "WORLD_SIZE is not set") {
 		t.Errorf("RANK alone: exit %d: %s", code, err)
+	}
+}
+
+func TestDeviceOfRank(t *testing.T) {
+	third := &dist.Place{Rank: 7, Size: 8, Local: 3}
+	for _, c := range []struct {
+		name  string
+		place *dist.Place
+		count int
+		want  string
+	}{
+		{"cuda", third, 4, "cuda:3"}, {"cuda", third, 1, "cuda:0"}, {"emu", third, 8, "emu:3"}, {"cuda", third, 0, "cuda:3"},
+		{"cuda:1", third, 4, "cuda:1"}, {"cpu", third, 4, "cpu"}, {"cuda", nil, 4, "cuda"},
+	} {
+		if got := deviceOf(c.name, c.place, func(string) (int, error) { return c.count, nil }); got != c.want {
+			t.Errorf("%s with %d devices is %s for %+v, want %s", c.name, c.count, got, c.place, c.want)
+		}
+	}
+	if got := deviceOf("cuda", third, func(string) (int, error) { return 0, os.ErrNotExist }); got != "cuda:0" {
+		t.Errorf("without a plugin: %s", got)
 	}
 }

@@ -11,6 +11,7 @@ import (
 	"github.com/sirupsen/logrus"
 	"github.com/urfave/cli/v2"
 
+	"margo/cuda"
 	"margo/engine"
 	"margo/engine/checkpoint"
 	"margo/engine/diffusion"
@@ -33,7 +34,7 @@ Image i has the classes' item i mod their number, and its random numbers depend 
 
 With --image and --mask a known image is completed: white parts of the mask are filled (a token is filled if any of its pixels is white), the rest is kept. Both are fitted to the model's size about their centre. The image passes through the tokenizer, so kept parts look alike but not bit for bit.
 
-Started by torchrun, mpirun or srun, every rank makes its part of the images on its own --device and writes it into the folder, which then holds the same files as of one process. Name devices for ranks of one machine by CUDA_VISIBLE_DEVICES or a wrapper's --device cuda:$LOCAL_RANK.
+Started by torchrun, mpirun or srun, every rank makes its part of the images on its own --device and writes it into the folder, which then holds the same files as of one process. With --device cuda a rank takes the GPU of its number on its machine (LOCAL_RANK), or the only one that CUDA_VISIBLE_DEVICES shows it.
 
 Ctrl-C stops between steps: whole images of a folder stay, unfinished files go. Press it again to stop at once.
 
@@ -201,7 +202,7 @@ func runSample(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	dev, err := openDevice(c.String("device"), c.Int("threads"))
+	dev, err := openDevice(deviceOf(c.String("device"), place, cuda.Count), c.Int("threads"))
 	if err != nil {
 		return err
 	}
