@@ -162,16 +162,43 @@ func (in *instr) compute(op string, mods []string, t string) error {
 		result = shapeOf(double)
 		types[2] = result
 	}
-	args := in.args[1 : 1+n]
-	in.run = each(func(w *warp, l int) error {
-		var v [3]uint64
-		for i := range args {
-			v[i] = types[i].norm(args[i].get(w, l))
-		}
-		w.regs[d.reg*32+l] = result.norm(f(v[0], v[1], v[2]))
-		return nil
-	})
+	in.run = lanewise(d, in.args[1:1+n], types, result, f)
 	return nil
+}
+
+// lanewise runs f on every lane. Operands are looked up once for all.
+func lanewise(d operand, args []operand, types [3]shape, result shape, f func(a, b, c uint64) uint64) func(w *warp, lanes uint32) error {
+	var constant [3]*[32]uint64 // where they are no registers
+	for i := range constant {
+		if constant[i] = new([32]uint64); i < len(args) && args[i].kind == immediate {
+			for l := range 32 {
+				constant[i][l] = args[i].value
+			}
+		}
+	}
+	return func(w *warp, lanes uint32) error {
+		v := constant
+		for i := range args {
+			switch o := &args[i]; {
+			case o.kind == register && !o.neg:
+				v[i] = (*[32]uint64)(w.regs[o.reg*32:])
+			case o.kind != immediate:
+				v[i] = new([32]uint64)
+				for l := range 32 {
+					if lanes>>l&1 != 0 {
+						v[i][l] = o.get(w, l)
+					}
+				}
+			}
+		}
+		to := (*[32]uint64)(w.regs[d.reg*32:])
+		for l := range 32 {
+			if lanes>>l&1 != 0 {
+				to[l] = result.norm(f(types[0].norm(v[0][l]), types[1].norm(v[1][l]), types[2].norm(v[2][l])))
+			}
+		}
+		return nil
+	}
 }
 
 // bfi: d, a, b, position, length: a's low bits put into b. Bits beyond the width fall away.
@@ -277,6 +304,10 @@ func (in *instr) mov(mods []string, t string) error {
 	d, s := vectorOf(in.args[0]), vectorOf(in.args[1])
 	if len(d) > 1 && len(s) > 1 {
 		return errUnknown
+	}
+	if len(d) == 1 && len(s) == 1 {
+		in.run = lanewise(d[0], s, [3]shape{own, own, own}, own, func(a, _, _ uint64) uint64 { return a })
+		return nil
 	}
 	bits := 8 * sizes[t]
 	in.run = each(func(w *warp, l int) error {

@@ -22,7 +22,7 @@ func nvcc() string {
 	return ""
 }
 
-var compiling sync.Mutex
+var compiling sync.Map // file → *sync.Mutex
 
 // compiled gives the PTX of a file of kernels/ as nvcc makes it for compute_80. What was compiled from the same sources by the
 // same compiler lies in the user's cache.
@@ -35,8 +35,9 @@ func compiled(t testing.TB, file string) string {
 		}
 		t.Skip("NOT TESTED: no nvcc here, so no PTX was interpreted; make cuda-toolchain installs one")
 	}
-	compiling.Lock()
-	defer compiling.Unlock()
+	mu, _ := compiling.LoadOrStore(file, new(sync.Mutex))
+	mu.(*sync.Mutex).Lock()
+	defer mu.(*sync.Mutex).Unlock()
 	hash := sha256.New()
 	version, err := exec.Command(cc, "--version").Output()
 	if err != nil {
