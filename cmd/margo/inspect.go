@@ -182,6 +182,9 @@ func (d *description) describe(m *checkpoint.Model) {
 		if m.MAR.HeadKind() != checkpoint.DiffusionHead {
 			names[3] = "head"
 		}
+		if m.MAR.IsCausal() {
+			names = slices.Concat([]string{"embeddings", "transformer"}, names[3:])
+		}
 	} else if m.Kind == checkpoint.KindDiT {
 		d.Config = m.DiT
 		if m.Sampling.Steps != "" {
@@ -198,7 +201,7 @@ func (d *description) describe(m *checkpoint.Model) {
 	}
 	sums := map[string]int64{}
 	for _, p := range specs {
-		sums[partOf(m.Kind, p.Name)] += p.Elems()
+		sums[partOf(m, p.Name)] += p.Elems()
 	}
 	for _, n := range names {
 		d.Parts = append(d.Parts, part{n, sums[n]})
@@ -207,9 +210,10 @@ func (d *description) describe(m *checkpoint.Model) {
 
 // partOf assigns a tensor to a part of its model. A MAR's embeddings are the
 // class and position tables, the mask token and the dummy class; projections
-// belong to the transformer they feed. quant_conv ends the tokenizer's encoder,
+// belong to the transformer they feed, of which a causal model has one. quant_conv ends the tokenizer's encoder,
 // post_quant_conv begins its decoder.
-func partOf(kind, name string) string {
+func partOf(m *checkpoint.Model, name string) string {
+	kind := m.Kind
 	has := func(prefixes ...string) bool {
 		return slices.ContainsFunc(prefixes, func(p string) bool { return strings.HasPrefix(name, p) })
 	}
@@ -230,6 +234,8 @@ func partOf(kind, name string) string {
 		return "diffusion head"
 	case has("celoss.", "l2loss.", "gmmloss."):
 		return "head"
+	case m.MAR.IsCausal() && has("z_proj", "decoder_blocks.", "decoder_norm."):
+		return "transformer"
 	case has("encoder_blocks.", "encoder_norm.", "z_proj"):
 		return "encoder"
 	case has("decoder_blocks.", "decoder_norm.", "decoder_embed."):
@@ -273,7 +279,11 @@ func (d *description) print(w io.Writer) {
 			if !c.IsCausal() {
 				line("encoder", "%d blocks, width %d, %d heads", c.EncoderDepth, c.EncoderEmbedDim, c.EncoderNumHeads)
 			}
-			line("decoder", "%d blocks, width %d, %d heads", c.DecoderDepth, c.DecoderEmbedDim, c.DecoderNumHeads)
+			trunk := "decoder"
+			if c.IsCausal() {
+				trunk = "transformer"
+			}
+			line(trunk, "%d blocks, width %d, %d heads", c.DecoderDepth, c.DecoderEmbedDim, c.DecoderNumHeads)
 			switch c.HeadKind() {
 			case checkpoint.DiffusionHead:
 				line("diffusion head", "%d blocks, width %d", c.DiffLossD, c.DiffLossW)

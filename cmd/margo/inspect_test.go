@@ -30,6 +30,39 @@ func inspectJSON(t *testing.T, args ...string) (d struct {
 	return d
 }
 
+// A causal model has one transformer, which its input projection belongs to; there is no encoder.
+func TestInspectCausal(t *testing.T) {
+	const width, token, blocks = 768, 16, 24
+	// A block: two norms, qkv, projection, an MLP of 4 widths. Before them z_proj and its norm, behind them a norm.
+	transformer := int64(blocks*(4*width+3*width*width+3*width+width*width+width+8*width*width+5*width) + token*width + width + 2*width + 2*width)
+	for name, head := range map[string]string{"ar-raster-base": "diffusion head", "ar-random-base": "diffusion head", "ar-raster-base-ce": "head"} {
+		d := inspectJSON(t, "--config", name, "--tensors")
+		var names []string
+		sum, all := int64(0), int64(0)
+		for _, p := range d.Parts {
+			names = append(names, p.Name)
+			sum += p.Params
+		}
+		for _, x := range d.Tensors {
+			n := int64(1)
+			for _, k := range x.Shape {
+				n *= int64(k)
+			}
+			all += n
+		}
+		want := transformer
+		if name == "ar-raster-base-ce" {
+			want -= token*width + width // codes have a table of embeddings in place of z_proj
+		}
+		if strings.Join(names, ", ") != "embeddings, transformer, "+head || d.Params != sum || d.Params != all || d.Parts[1].Params != want {
+			t.Errorf("%s: %d parameters of %d, parts %v, want %d in the transformer", name, d.Params, all, d.Parts, want)
+		}
+	}
+	if out := ok(t, "inspect", "--config", "ar-raster-base"); strings.Contains(out, "encoder") || !strings.Contains(out, "transformer    24 blocks, width 768") {
+		t.Error(out)
+	}
+}
+
 // The counts are those of the published models (paper Table 4 rounds them up).
 func TestInspectConfig(t *testing.T) {
 	for name, want := range map[string][2]int64{ // total, diffusion head
