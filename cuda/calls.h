@@ -19,6 +19,8 @@ static inline margo_status m_counters(const margo_api *a, margo_context *c, marg
 static inline margo_status m_kernel(const margo_api *a, margo_context *c, int64_t i, margo_kernel *out) { return a->kernel(c, i, out); }
 static inline margo_status m_alloc(const margo_api *a, margo_context *c, uint64_t n, uint64_t *out) { return a->alloc(c, n, out); }
 static inline margo_status m_free(const margo_api *a, margo_context *c, uint64_t p) { return a->free(c, p); }
+static inline margo_status m_memory_policy(const margo_api *a, margo_context *c, uint64_t limit, uint64_t capacity) { return a->memory_policy(c, limit, capacity); }
+static inline margo_status m_trim(const margo_api *a, margo_context *c) { return a->trim(c); }
 static inline margo_status m_stream_create(const margo_api *a, margo_context *c, margo_stream **out) { return a->stream_create(c, out); }
 static inline margo_status m_stream_destroy(const margo_api *a, margo_stream *s) { return a->stream_destroy(s); }
 static inline margo_status m_stream_sync(const margo_api *a, margo_stream *s) { return a->stream_sync(s); }

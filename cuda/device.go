@@ -18,6 +18,11 @@ import (
 // Options of a Device.
 type Options struct {
 	Poison bool // fill new memory with NaN, to find reads of undefined contents
+	// Limit is how many bytes may be taken from the device, what is cached included; 0: what MARGO_CUDA_MEMORY says, else all.
+	Limit int64
+	// Cache is how many bytes of freed memory are kept for the next that is asked; 0: what MARGO_CUDA_CACHE says, else an
+	// eighth of the device's memory, of an emulated device nothing; negative: nothing.
+	Cache int64
 }
 
 // Device is one CUDA device, or an emulated one.
@@ -28,6 +33,8 @@ type Device struct {
 	info C.margo_info
 	used atomic.Int64 // bytes of buffers, packed weights and workspaces
 	most atomic.Int64 // of used, since ResetPeakUsed
+
+	held heldBuffers
 
 	mu    sync.Mutex
 	peaks [3]float64      // f32, bf16, memory
@@ -56,6 +63,9 @@ func Open(name string, o Options) (*Device, error) {
 	if !ok {
 		return nil, engine.Errorf("open device", engine.Invalid, "MARGO_HEAD_PATH is %q; use throughput or latency", os.Getenv("MARGO_HEAD_PATH"))
 	}
+	if err := o.fromEnvironment(); err != nil {
+		return nil, err
+	}
 	use, err := cublasLtUse()
 	if err != nil {
 		return nil, err
@@ -76,6 +86,9 @@ func Open(name string, o Options) (*Device, error) {
 	}
 	d.info.size = C.sizeof_margo_info
 	err = d.status("open device", C.m_info(p.api, d.ctx, &d.info))
+	if err == nil {
+		err = d.SetMemory(o.Limit, o.cache(&d.info))
+	}
 	if err == nil {
 		err = d.openCuBLASLt(use)
 	}
@@ -121,14 +134,19 @@ func (d *Device) Name() string { return d.name }
 // ten thousand, and its caches hold no layer's activations anyway.
 const workingSet = 4 << 30
 
-// Info describes the device; MemFree is read anew.
+// Info describes the device; MemFree is read anew: what the pool could still give, within its limit.
 func (d *Device) Info() engine.Info {
 	now := d.info
 	if C.m_info(d.p.api, d.ctx, &now) != C.MARGO_OK {
 		now = d.info
 	}
+	c := d.Counters()
+	free := int64(now.mem_free) + int64(c.Cached)
+	if c.Limit > 0 {
+		free = max(min(free, int64(c.Limit)-int64(c.Taken)+int64(c.Cached)), 0)
+	}
 	i := engine.Info{Name: d.name, Model: C.GoString(&now.name[0]), Arch: C.GoString(&now.arch[0]), Threads: int(now.sm_count),
-		MemTotal: int64(now.mem_total), MemFree: int64(now.mem_free), WorkingSet: workingSet, OwnMemory: true,
+		MemTotal: int64(now.mem_total), MemFree: free, WorkingSet: workingSet, OwnMemory: true,
 		Truncates: now.emulated == 0}
 	d.mu.Lock()
 	i.PeakF32, i.PeakBF16, i.PeakMemory = d.peaks[0], d.peaks[1], d.peaks[2]
@@ -195,7 +213,25 @@ type Counters struct {
 	Kernels, Graphs, GraphKernels uint64 // launches; kernels run by graphs
 	Syncs, CopiesIn, CopiesOut    uint64
 	BytesIn, BytesOut             uint64
-	Allocs, Held, Peak            uint64 // bytes held now and at most
+	Allocs, Held, Peak            uint64 // bytes asked and held, now and at most
+
+	// Of the pool: allocations of the driver's, those served from the cache, cached buffers given back to the
+	// driver; bytes cached, and taken from the driver (held, with what rounding adds, and cached) now and at most.
+	DeviceAllocs, Reuses, Trims uint64
+	Cached, Taken, TakenPeak    uint64
+	Pinned                      uint64 // bytes of the host's memory, for staging
+	Limit, Cache                uint64 // of Taken (0: none) and of Cached
+}
+
+// String says what there is to say of memory.
+func (c Counters) String() string {
+	limit := ""
+	if c.Limit > 0 {
+		limit = fmt.Sprintf(", limit %.1f MiB", float64(c.Limit)/(1<<20))
+	}
+	return fmt.Sprintf("%.1f MiB held (at most %.1f), %.1f cached (at most %.1f allowed), %.1f taken from the device at most%s; %d allocations, %d by the driver, %d from the cache, %d given back; %.1f MiB pinned",
+		float64(c.Held)/(1<<20), float64(c.Peak)/(1<<20), float64(c.Cached)/(1<<20), float64(c.Cache)/(1<<20), float64(c.TakenPeak)/(1<<20), limit,
+		c.Allocs, c.DeviceAllocs, c.Reuses, c.Trims, float64(c.Pinned)/(1<<20))
 }
 
 // Counters reads the device's totals.
@@ -203,8 +239,11 @@ func (d *Device) Counters() Counters {
 	var c C.margo_counters
 	c.size = C.sizeof_margo_counters
 	C.m_counters(d.p.api, d.ctx, &c)
-	return Counters{uint64(c.kernel_launches), uint64(c.graph_launches), uint64(c.graph_kernels), uint64(c.syncs), uint64(c.copies_in),
-		uint64(c.copies_out), uint64(c.bytes_in), uint64(c.bytes_out), uint64(c.allocs), uint64(c.bytes_allocated), uint64(c.bytes_peak)}
+	return Counters{Kernels: uint64(c.kernel_launches), Graphs: uint64(c.graph_launches), GraphKernels: uint64(c.graph_kernels), Syncs: uint64(c.syncs),
+		CopiesIn: uint64(c.copies_in), CopiesOut: uint64(c.copies_out), BytesIn: uint64(c.bytes_in), BytesOut: uint64(c.bytes_out),
+		Allocs: uint64(c.allocs), Held: uint64(c.bytes_allocated), Peak: uint64(c.bytes_peak),
+		DeviceAllocs: uint64(c.device_allocs), Reuses: uint64(c.reuses), Trims: uint64(c.trims), Cached: uint64(c.bytes_cached),
+		Taken: uint64(c.bytes_taken), TakenPeak: uint64(c.bytes_taken_peak), Pinned: uint64(c.bytes_pinned), Limit: uint64(c.limit), Cache: uint64(c.capacity)}
 }
 
 // Kernel is what the compiler made of a kernel, and how often it was launched.
@@ -229,8 +268,7 @@ func (d *Device) Kernels() []Kernel {
 	}
 }
 
-// Close waits for the device and gives it back. Memory that is still held is an
-// error that says how much.
+// Close waits for the device and gives it back, with all memory. What was still held is an error that names it.
 func (d *Device) Close() error {
 	if d.ctx == nil {
 		return nil
@@ -244,53 +282,9 @@ func (d *Device) Close() error {
 	}
 	d.ctx = nil
 	if n := d.Used(); n != 0 && err == nil {
-		err = d.errorf("close", engine.Internal, "%d bytes were not freed", n)
+		err = d.errorf("close", engine.Internal, "%d bytes were not freed: %s", n, d.held.report(8))
 	}
 	return err
-}
-
-// buffer is device memory.
-type buffer struct {
-	dev   *Device
-	addr  C.uint64_t // 0 once freed
-	bytes int
-}
-
-func (b *buffer) Bytes() int { return b.bytes }
-
-// Free gives the memory back once the device has finished what was enqueued.
-func (b *buffer) Free() error {
-	if b.addr == 0 {
-		return b.dev.errorf("free", engine.Invalid, "memory was freed before")
-	}
-	err := b.dev.status("free", C.m_free(b.dev.p.api, b.dev.ctx, b.addr))
-	b.dev.used.Add(-int64(b.bytes))
-	b.addr, b.bytes = 0, 0
-	return err
-}
-
-// Alloc takes device memory, aligned to 256 bytes.
-func (d *Device) Alloc(bytes int) (engine.Buffer, error) {
-	b, err := d.alloc("alloc", bytes)
-	if err != nil {
-		return nil, err
-	}
-	return b, nil
-}
-
-func (d *Device) alloc(op engine.Op, bytes int) (*buffer, error) {
-	if bytes < 0 {
-		return nil, d.errorf(op, engine.Invalid, "%d bytes", bytes)
-	}
-	b := &buffer{dev: d, bytes: bytes}
-	if err := d.status(op, C.m_alloc(d.p.api, d.ctx, C.uint64_t(bytes), &b.addr)); err != nil {
-		return nil, err
-	}
-	now := d.used.Add(int64(bytes))
-	for most := d.most.Load(); now > most && !d.most.CompareAndSwap(most, now); {
-		most = d.most.Load()
-	}
-	return b, nil
 }
 
 // packed is a weight with rows that begin at multiples of 16 bytes, so that
@@ -310,7 +304,7 @@ func (d *Device) Pack(a engine.PackArgs) (engine.Packed, error) {
 	per := 16 / a.DType.Size()
 	p := &packed{dtype: a.DType, n: n, k: k, ld: (k + per - 1) / per * per}
 	var err error
-	if p.buffer, err = d.alloc("pack", max(n*p.ld*a.DType.Size(), 16)); err != nil {
+	if p.buffer, err = d.alloc("pack", max(n*p.ld*a.DType.Size(), 16), fmt.Sprintf("pack %v[%d,%d]", a.DType, n, k)); err != nil {
 		return nil, err
 	}
 	d.mu.Lock()

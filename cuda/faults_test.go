@@ -176,10 +176,23 @@ func TestLeak(t *testing.T) {
 	if err := b.Free(); err != nil || before != 1234 || d.Used() != 0 {
 		t.Errorf("%d bytes were used, then %d (%v)", before, d.Used(), err)
 	}
-	if _, err = d.Alloc(77); err != nil {
+	if b, err = d.Alloc(77); err != nil {
 		t.Fatal(err)
 	}
-	wantError(t, "closing", d.Close(), engine.Internal, "77 bytes were not freed")
+	named, err := d.Alloc(4 * 6)
+	if err != nil {
+		t.Fatal(err)
+	}
+	engine.Label(named, "pos_emb f32[2,3]")
+	w := engine.NewTensor(named, 0, engine.F32, 2, 3)
+	for range 2 {
+		if _, err := d.Pack(engine.PackArgs{W: w, DType: engine.BF16}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	wantError(t, "closing", d.Close(), engine.Internal, "165 bytes were not freed: memory of cuda.TestLeak < testing.tRunner (77 bytes), "+
+		"2 × pack bf16[2,3] (64 bytes), pos_emb f32[2,3] (24 bytes)")
+	wantError(t, "freeing after the device was closed", b.Free(), engine.Invalid, "the device was closed")
 }
 
 // TestStreamsAtOnce: two contexts and several streams of each work at the same time.

@@ -29,7 +29,7 @@ func (d *Device) NewStream() (engine.Stream, error) {
 	}
 	if d.lt != nil { // a stream's own, since products of streams run at the same time
 		var err error
-		if s.cublasLt, err = d.alloc("new stream", d.lt.workspace); err == nil {
+		if s.cublasLt, err = d.alloc("new stream", d.lt.workspace, "workspace of cuBLASLt"); err == nil {
 			err = d.status("new stream", C.m_cublaslt_workspace(d.p.api, s.s, s.cublasLt.addr, C.uint64_t(s.cublasLt.bytes)))
 		}
 		if err != nil {
@@ -111,7 +111,7 @@ func (s *Stream) workspace(op engine.Op, bytes C.uint64_t) (C.uint64_t, error) {
 		}
 		s.work = nil
 	}
-	b, err := s.dev.alloc(op, int(bytes))
+	b, err := s.dev.alloc(op, int(bytes), "workspace of "+string(op))
 	if err != nil {
 		return 0, err
 	}

@@ -41,6 +41,13 @@ type Packed interface {
 	Free() error
 }
 
+// Label names memory, a Buffer or a Packed, for the report of leaks of a device that keeps one.
+func Label(memory any, name string) {
+	if l, ok := memory.(interface{ Label(string) }); ok {
+		l.Label(name)
+	}
+}
+
 // Event marks a point of a stream.
 type Event interface{ Close() error }
 

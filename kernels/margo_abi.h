@@ -26,7 +26,7 @@ extern "C" {
 #endif
 
 #define MARGO_ABI_MAJOR 1
-#define MARGO_ABI_MINOR 3
+#define MARGO_ABI_MINOR 4
 
 typedef enum margo_status {
 	MARGO_OK = 0,
@@ -78,6 +78,9 @@ typedef struct margo_counters {
 	uint32_t size, reserved;
 	uint64_t kernel_launches, graph_launches, graph_kernels; // graph_kernels: kernels run by graph launches
 	uint64_t syncs, copies_in, copies_out, bytes_in, bytes_out, allocs, bytes_allocated, bytes_peak;
+	// Of the pool: allocations of the driver's, allocations served from the cache, cached buffers given back to the driver; bytes
+	// cached, and taken from the driver (held with what rounding adds, and cached) now and at most; pinned for staging; the policy.
+	uint64_t device_allocs, reuses, trims, bytes_cached, bytes_taken, bytes_taken_peak, bytes_pinned, limit, capacity;
 } margo_counters;
 
 // margo_kernel describes a kernel that has been launched, for budgets and traces.
@@ -339,6 +342,11 @@ typedef struct margo_api {
 	margo_status (*comm_error)(margo_comm *); // what has failed in the background; waits for nothing
 	margo_status (*comm_wait)(margo_comm *, int32_t limit_ms);
 	margo_status (*comm_close)(margo_comm *); // ends what is under way, waits for no other rank; frees the margo_comm
+
+	// memory_policy: alloc takes no more than limit bytes from the driver (0: no limit), what is cached included; up to capacity
+	// bytes of freed memory are cached (0, as at first: none). trim gives what is cached back.
+	margo_status (*memory_policy)(margo_context *, uint64_t limit, uint64_t capacity);
+	margo_status (*trim)(margo_context *);
 } margo_api;
 
 // margo_plugin returns the table if it has this major version, else NULL; *have is

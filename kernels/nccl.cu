@@ -138,6 +138,10 @@ template <class Call> margo_status collective(margo_stream *st, margo_comm *m, c
 	Current g(c);
 	if (m->ctx != c) return fail(c, MARGO_INVALID, "%s: the communicator is of another device", what);
 	if (st->capturing) return fail(c, MARGO_INVALID, "%s: stream is capturing", what);
+	struct Busy { // the memory pool asks for it when the tensors are freed
+		margo_stream *st;
+		~Busy() { st->busy.store(true); }
+	} busy{st};
 	if (!m->c) return fail(c, MARGO_COMM_FAULT, "%s: the communicator has failed before", what);
 	for (int64_t i = 0; i < n; i++) {
 		if (t[i].rows > 1 && t[i].ld != t[i].cols) return fail(c, MARGO_INVALID, "%s: tensor %d is not contiguous", what, int(i));

@@ -1,9 +1,5 @@
-// plugin.cu: the table of functions that Go sees, and behind it contexts, memory,
-// streams, events, graphs and errors.
-//
-// Memory is cudaMalloc'ed in whole buffers: margo takes few and keeps them
-// (arenas, weights). free waits for the device, which satisfies "after all work
-// enqueued so far" without tracking who uses what.
+// plugin.cu: the table of functions that Go sees, and behind it contexts, streams,
+// events, graphs and errors. Memory: memory.cu.
 //
 // Copies go through pinned staging, two slots a stream: copy_in has taken the
 // data when it returns, and the copy itself is asynchronous.
@@ -62,6 +58,9 @@ margo_status check(margo_context *c, cudaError_t e, const char *what) {
 margo_status wait_all(margo_context *c, const char *what) {
 	std::lock_guard<std::mutex> lock(c->capture_mu);
 	for (margo_stream *st : c->streams) MARGO_TRY(check(c, st->capturing ? cudaEventSynchronize(st->before_capture) : cudaStreamSynchronize(st->s), what));
+	if (c->fill_mark) MARGO_TRY(check(c, cudaEventSynchronize(c->fill_mark->e), what));
+	c->fill_mark.reset();
+	c->reused = false;
 	return MARGO_OK;
 }
 
@@ -151,6 +150,7 @@ margo_status close(margo_context *c) {
 	Guard g(c);
 	cudaError_t e = cudaDeviceSynchronize();
 	for (auto &r : c->releases) r();
+	pool_close(c);
 	cudaStreamDestroy(c->fill_stream);
 	cudaFree(c->device_error);
 	delete c;
@@ -199,8 +199,12 @@ margo_status last_error(margo_context *c, char *out, size_t bytes) {
 }
 
 margo_status counters(margo_context *c, margo_counters *out) {
-	std::lock_guard<std::mutex> lock(c->mu);
-	margo_counters v = c->counters;
+	margo_counters v;
+	{
+		std::lock_guard<std::mutex> lock(c->mu);
+		v = c->counters;
+	}
+	pool_counters(c, &v);
 	v.size = sizeof v;
 	memcpy(out, &v, out->size < sizeof v ? out->size : sizeof v);
 	return MARGO_OK;
@@ -232,50 +236,22 @@ margo_status kernel(margo_context *c, int64_t i, margo_kernel *out) {
 
 margo_status alloc(margo_context *c, uint64_t bytes, uint64_t *out) {
 	Guard g(c);
-	void *p = nullptr;
-	cudaError_t e = cudaMalloc(&p, bytes ? bytes : 1);
-	if (e == cudaErrorMemoryAllocation) {
-		cudaGetLastError();
-		size_t free = 0, total = 0;
-		cudaMemGetInfo(&free, &total);
-		cudaGetLastError();
-		uint64_t held;
-		{
-			std::lock_guard<std::mutex> lock(c->mu);
-			held = c->counters.bytes_allocated;
-		}
-		return fail(c, MARGO_OUT_OF_MEMORY, "%.1f MiB asked, %.1f MiB held, %.1f of %.1f MiB free", double(bytes) / (1 << 20), double(held) / (1 << 20),
-		            double(free) / (1 << 20), double(total) / (1 << 20));
-	}
-	MARGO_TRY(check(c, e, "allocating memory"));
-	if (c->flags & 1) { // on a stream of its own, which no capture disturbs
-		MARGO_TRY(check(c, cudaMemsetAsync(p, 0xff, bytes, c->fill_stream), "filling new memory"));
-		MARGO_TRY(check(c, cudaStreamSynchronize(c->fill_stream), "filling new memory"));
-	}
-	*out = reinterpret_cast<uintptr_t>(p);
-	std::lock_guard<std::mutex> lock(c->mu);
-	c->sizes[*out] = bytes;
-	c->counters.allocs++;
-	c->counters.bytes_allocated += bytes;
-	if (c->counters.bytes_allocated > c->counters.bytes_peak) c->counters.bytes_peak = c->counters.bytes_allocated;
-	return MARGO_OK;
+	return pool_alloc(c, bytes, out);
 }
 
 margo_status free_(margo_context *c, uint64_t p) {
 	Guard g(c);
-	{
-		std::lock_guard<std::mutex> lock(c->mu);
-		auto it = c->sizes.find(p);
-		if (it == c->sizes.end()) {
-			c->error = "freeing memory that is not held";
-			return MARGO_INVALID;
-		}
-		c->counters.bytes_allocated -= it->second;
-		c->sizes.erase(it);
-	}
-	margo_status s = wait_all(c, "waiting before memory is freed");
-	margo_status freed = check(c, cudaFree(reinterpret_cast<void *>(uintptr_t(p))), "freeing memory"); // also of a device that has failed
-	return s != MARGO_OK ? s : freed;
+	return pool_free(c, p);
+}
+
+margo_status memory_policy(margo_context *c, uint64_t limit, uint64_t capacity) {
+	Guard g(c);
+	return pool_policy(c, limit, capacity);
+}
+
+margo_status trim(margo_context *c) {
+	Guard g(c);
+	return pool_trim(c);
 }
 
 margo_status host_alloc(margo_context *c, uint64_t bytes, void **out) {
@@ -295,7 +271,9 @@ margo_status stream_create(margo_context *c, margo_stream **out) {
 	auto *st = new (std::nothrow) margo_stream{c};
 	if (!st) return fail(c, MARGO_OUT_OF_MEMORY, "a stream");
 	margo_status s = check(c, cudaStreamCreateWithFlags(&st->s, cudaStreamNonBlocking), "making a stream");
+	if (s == MARGO_OK) s = pool_new_stream(c, st->s);
 	if (s != MARGO_OK) {
+		if (st->s) cudaStreamDestroy(st->s);
 		delete st;
 		return s;
 	}
@@ -308,7 +286,7 @@ margo_status stream_create(margo_context *c, margo_stream **out) {
 void drop_staging(margo_stream *st) {
 	for (auto &slot : st->slots) {
 		if (slot.done) cudaEventDestroy(slot.done);
-		if (slot.p) cudaFreeHost(slot.p);
+		if (slot.p) pinned_give(st->ctx, slot.p, slot.bytes);
 		slot = {};
 	}
 }
@@ -347,6 +325,7 @@ margo_status waited(margo_stream *st, const char *what) {
 	margo_context *c = st->ctx;
 	if (st->capturing) return fail(c, MARGO_INVALID, "%s: stream is capturing", what);
 	MARGO_TRY(check(c, cudaStreamSynchronize(st->s), what));
+	pool_waited(st);
 	{
 		std::lock_guard<std::mutex> lock(c->mu);
 		c->counters.syncs++;
@@ -431,6 +410,7 @@ margo_status graph_launch(margo_stream *st, margo_graph *gr) {
 	margo_context *c = st->ctx;
 	Guard g(c);
 	MARGO_TRY(check(c, cudaGraphLaunch(gr->exec, st->s), "launching a graph"));
+	st->busy.store(true);
 	std::lock_guard<std::mutex> lock(c->mu);
 	c->counters.graph_launches++;
 	c->counters.graph_kernels += gr->kernels;
@@ -463,12 +443,9 @@ margo_status copy_in(margo_stream *st, uint64_t dst, const void *src, uint64_t b
 		uint64_t n = bytes - done < kStagingBytes ? bytes - done : kStagingBytes;
 		if (slot.bytes < n) { // grows with what is copied: many streams copy little
 			if (slot.done) MARGO_TRY(check(c, cudaEventSynchronize(slot.done), "copy in"));
-			if (slot.p) cudaFreeHost(slot.p);
+			if (slot.p) pinned_give(c, slot.p, slot.bytes);
 			slot.p = nullptr, slot.bytes = 0;
-			uint64_t size = 4096;
-			while (size < n) size *= 2;
-			MARGO_TRY(check(c, cudaHostAlloc(&slot.p, size, cudaHostAllocDefault), "allocating pinned memory"));
-			slot.bytes = size;
+			MARGO_TRY(pinned_take(c, n, &slot.p, &slot.bytes));
 			if (!slot.done) MARGO_TRY(check(c, cudaEventCreateWithFlags(&slot.done, cudaEventDisableTiming), "making an event"));
 		} else {
 			MARGO_TRY(check(c, cudaEventSynchronize(slot.done), "copy in"));
@@ -478,6 +455,7 @@ margo_status copy_in(margo_stream *st, uint64_t dst, const void *src, uint64_t b
 		MARGO_TRY(check(c, cudaEventRecord(slot.done, st->s), "copy in"));
 		done += n;
 	}
+	st->busy.store(true);
 	std::lock_guard<std::mutex> lock(c->mu);
 	c->counters.copies_in++;
 	c->counters.bytes_in += bytes;
@@ -489,6 +467,7 @@ margo_status copy_out(margo_stream *st, void *dst, uint64_t src, uint64_t bytes)
 	Guard g(c);
 	if (st->capturing) return fail(c, MARGO_INVALID, "copy out: stream is capturing");
 	MARGO_TRY(check(c, cudaMemcpyAsync(dst, reinterpret_cast<void *>(uintptr_t(src)), bytes, cudaMemcpyDeviceToHost, st->s), "copy out"));
+	st->busy.store(true);
 	MARGO_TRY(waited(st, "copy out"));
 	std::lock_guard<std::mutex> lock(c->mu);
 	c->counters.syncs--; // counted as a copy
@@ -502,17 +481,23 @@ margo_status copy_out(margo_stream *st, void *dst, uint64_t src, uint64_t bytes)
 template <class A, margo_status (*f)(margo_stream *, const A *)> margo_status op(margo_stream *st, const A *a) {
 	Guard g(st->ctx);
 	if (a->size != sizeof(A)) return fail(st->ctx, MARGO_INVALID, "argument struct has %u bytes, this plugin's has %zu", a->size, sizeof(A));
-	return f(st, a);
+	margo_status s = f(st, a);
+	st->busy.store(true); // whatever came of it
+	return s;
 }
 
 margo_status copy(margo_stream *st, const margo_mat *dst, const margo_mat *src) {
 	Guard g(st->ctx);
-	return op_copy(st, dst, src);
+	margo_status s = op_copy(st, dst, src);
+	st->busy.store(true);
+	return s;
 }
 
 margo_status fill(margo_stream *st, const margo_mat *dst, float v) {
 	Guard g(st->ctx);
-	return op_fill(st, dst, v);
+	margo_status s = op_fill(st, dst, v);
+	st->busy.store(true);
+	return s;
 }
 
 // may_complain notes that an op which checks indices on the device is under way.
@@ -558,6 +543,7 @@ const margo_api table = {
 	op<margo_categorical_args, op_categorical>,
 	cublaslt_probe, cublaslt_open, cublaslt_workspace, cublaslt_algo, cublaslt_store,
 	nccl_version, comm_unique_id, comm_init, comm_all_reduce, comm_broadcast, comm_error, comm_wait, comm_close,
+	memory_policy, trim,
 };
 
 } // namespace

@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <cstdarg>
+#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
@@ -29,6 +30,34 @@ struct margo_kernel_stat {
 // kernel waited for each other in vain.
 constexpr uint32_t DEVICE_ERROR_BLOCKS = 1u << 31, DEVICE_ERROR_STALLED = ~0u;
 
+// A mark is the end of what a stream had been given when it was made.
+struct margo_mark {
+	cudaEvent_t e;
+	explicit margo_mark(cudaEvent_t event) : e(event) {}
+	margo_mark(const margo_mark &) = delete;
+	~margo_mark();
+};
+using margo_marks = std::vector<std::shared_ptr<margo_mark>>;
+
+// A block is a buffer of the pool (memory.cu).
+struct margo_block {
+	void *p = nullptr;
+	uint64_t bytes = 0, size = 0; // asked, taken
+	uint64_t age = 0;             // when it was freed
+	margo_marks marks;            // of what may still use it
+};
+
+struct margo_pool {
+	std::mutex mu; // guards what follows; taken after no other
+	std::map<uint64_t, margo_block> held; // by address
+	std::map<uint64_t, std::deque<margo_block>> cached; // by size, the first to be freed first
+	uint64_t held_bytes = 0, held_peak = 0, cached_bytes = 0, taken = 0, taken_peak = 0; // taken: from the driver, held, cached or on its way
+	uint64_t allocs = 0, device_allocs = 0, reuses = 0, trims = 0, age = 0;
+	uint64_t limit = 0, capacity = 0; // of taken (0: none) and cached_bytes
+	std::multimap<uint64_t, void *> pinned; // of closed streams, by size
+	uint64_t pinned_bytes = 0, pinned_cached = 0;
+};
+
 struct margo_context {
 	int ordinal = 0;
 	uint32_t flags = 0;
@@ -37,10 +66,12 @@ struct margo_context {
 	std::string error;
 	margo_counters counters{};
 	std::vector<margo_kernel_stat> kernels;
-	std::map<uint64_t, uint64_t> sizes;            // of memory that is held
 	std::vector<std::function<void()>> releases; // run by close: what ops cached in the context
 	std::mutex capture_mu;               // guards streams and when they capture
 	std::vector<margo_stream *> streams;
+	std::shared_ptr<margo_mark> fill_mark; // of fill_stream, guarded by capture_mu as marks of streams are
+	bool reused = false;                   // streams wait for memory that was reused, which new ones must too
+	margo_pool pool;
 	std::mutex graph_mu;               // guards graphs that ops cache
 	std::shared_ptr<void> head_graphs; // of head.cu
 	std::shared_ptr<struct margo_cublaslt> cublaslt; // of cublaslt.cu; null: gemm does without
@@ -55,6 +86,8 @@ struct margo_stream {
 	bool capturing = false;
 	cudaEvent_t before_capture = nullptr; // the end of what was enqueued before
 	uint64_t captured_kernels = 0;
+	std::atomic<bool> busy{false};    // had work since it was marked or waited for; set after work is enqueued
+	std::shared_ptr<margo_mark> mark; // its end when it was last marked; none once it was waited for
 	bool rows_enqueued = false; // an op that may set device_error since the last wait
 	struct {
 		void *p = nullptr;
@@ -78,6 +111,19 @@ margo_status check(margo_context *, cudaError_t, const char *what);
 margo_status wait_all(margo_context *, const char *what);
 margo_status begin_capture(margo_stream *);
 cudaError_t end_capture(margo_stream *, cudaGraph_t *graph);
+
+// The pool of device memory and pinned memory for staging: memory.cu. alloc and free are as the table says; policy is
+// memory_policy. new_stream has a stream wait for what reused memory waits for, waited notes that all work of a stream is done.
+margo_status pool_alloc(margo_context *, uint64_t bytes, uint64_t *out);
+margo_status pool_free(margo_context *, uint64_t address);
+margo_status pool_policy(margo_context *, uint64_t limit, uint64_t capacity);
+margo_status pool_trim(margo_context *);
+margo_status pool_new_stream(margo_context *, cudaStream_t);
+void pool_waited(margo_stream *);
+void pool_close(margo_context *);
+void pool_counters(margo_context *, margo_counters *);
+margo_status pinned_take(margo_context *, uint64_t bytes, void **out, uint64_t *got);
+void pinned_give(margo_context *, void *p, uint64_t size); // nothing uses it
 
 // note_launch counts a launch of a kernel.
 void note_launch(margo_stream *, const char *name, const void *function, int threads, size_t smem);

@@ -42,6 +42,9 @@ type deviceLine struct {
 	PeakBF16   float64 `json:"peak_bf16_flops,omitempty"`
 	PeakMemory float64 `json:"peak_memory_bytes_per_second,omitempty"`
 
+	MemoryLimit uint64 `json:"memory_limit_bytes,omitempty"` // MARGO_CUDA_MEMORY
+	MemoryCache uint64 `json:"memory_cache_bytes,omitempty"` // freed memory that is kept at most
+
 	Health     *cuda.Health `json:"nvml,omitempty"`
 	HealthNote string       `json:"nvml_missing,omitempty"` // why there is none
 
@@ -66,7 +69,8 @@ func cudaDevices() (lines []deviceLine, why string) {
 			return lines, oneLine(err.Error())
 		}
 		dev.MeasurePeaks()
-		l := lineOf(dev.Info())
+		l, c := lineOf(dev.Info()), dev.Counters()
+		l.MemoryLimit, l.MemoryCache = c.Limit, c.Cache
 		if l.Health, err = dev.Health(); err != nil {
 			l.HealthNote = oneLine(err.Error())
 		}
@@ -112,6 +116,13 @@ func devices(c *cli.Context) error {
 		fmt.Fprintf(c.App.Writer, "%-6s %s, %s, %d %s, %s of %s memory free\n", l.Name, l.Model, l.Arch, l.Threads, units(l.Name), plan.Size(l.MemFree), plan.Size(l.MemTotal))
 		if l.PeakF32 > 0 {
 			fmt.Fprintf(c.App.Writer, "       peak %.0f GFLOP/s f32, %.0f GFLOP/s bf16, %.1f GB/s from memory\n", l.PeakF32/1e9, l.PeakBF16/1e9, l.PeakMemory/1e9)
+		}
+		if l.MemoryCache > 0 || l.MemoryLimit > 0 {
+			limit := "no limit"
+			if l.MemoryLimit > 0 {
+				limit = "limit " + plan.Size(int64(l.MemoryLimit))
+			}
+			fmt.Fprintf(c.App.Writer, "       memory pool: %s, caches up to %s\n", limit, plan.Size(int64(l.MemoryCache)))
 		}
 		switch {
 		case l.Health != nil:

@@ -98,6 +98,7 @@ type selftestReport struct {
 	Steps      []*selftestStep  `json:"steps"`
 	Roofline   []selftestTiming `json:"roofline,omitempty"`
 	Kernels    []cuda.Kernel    `json:"kernels,omitempty"`
+	Memory     *cuda.Counters   `json:"counters,omitempty"` // of the device when it was closed
 	Bench      []bench.Row      `json:"bench,omitempty"`
 	Failed     int              `json:"failed"`
 	Seconds    float64          `json:"seconds"`
@@ -198,6 +199,11 @@ func runSelftest(c *cli.Context) error {
 		t.report.Machine.Health = append(t.report.Machine.Health, "after: "+h)
 	}
 	t.step("closing", func() {
+		if d, ok := dev.(*cuda.Device); ok {
+			c := d.Counters()
+			t.report.Memory = &c
+			t.printf("memory: %v\n", c)
+		}
 		if err := dev.Close(); err != nil {
 			t.fail("closing the device: %v", err)
 		} else {
@@ -313,6 +319,19 @@ func (t *selftest) streams() {
 	if t.small {
 		o = conformance.RaceOptions{Workers: 2, Rounds: 2}
 		t.leftOut("all but 2 of the race's 4 workers and 2 of its 10 rounds")
+	}
+	if d, ok := t.dev.(*cuda.Device); ok {
+		// Freed memory is reused while other streams work, also where the emulator caches none otherwise.
+		before := d.Counters()
+		if err := d.SetMemory(int64(before.Limit), max(int64(before.Cache), 64<<20)); err != nil {
+			t.fail("%v", err)
+		}
+		defer func() {
+			t.printf("memory: %d of %d allocations reused freed memory\n", d.Counters().Reuses-before.Reuses, d.Counters().Allocs-before.Allocs)
+			if err := d.SetMemory(int64(before.Limit), int64(before.Cache)); err != nil {
+				t.fail("%v", err)
+			}
+		}()
 	}
 	r := conformance.Race(t.dev, o)
 	for _, f := range r.Failures {

@@ -74,6 +74,7 @@ var notRun = map[string]string{
 	"gemm_sm90a.cu": "compute_80 has neither wgmma nor TMA",
 	"cublaslt.cu":   "no kernels",
 	"nccl.cu":       "no kernels",
+	"memory.cu":     "no kernels",
 	"plugin.cu":     "no kernels",
 }
 

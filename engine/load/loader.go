@@ -98,6 +98,8 @@ func (l *loader) make(t *target, d engine.DType) (*engine.Tensor, engine.Packed,
 		return nil, nil, err
 	}
 	tensor := engine.NewTensor(buf, 0, d, t.DeviceShape()...)
+	name := t.parts[0].Name + " " + tensor.String()
+	engine.Label(buf, name)
 	var packed engine.Packed
 	for _, p := range t.parts {
 		if err = l.read(p, partOf(t.Param, tensor, p.Param)); err != nil {
@@ -112,6 +114,9 @@ func (l *loader) make(t *target, d engine.DType) (*engine.Tensor, engine.Packed,
 	}
 	if err == nil && packed == nil {
 		return tensor, nil, nil
+	}
+	if packed != nil {
+		engine.Label(packed, name)
 	}
 	tensor.Buf = nil
 	if e := buf.Free(); err == nil {

@@ -219,7 +219,12 @@ cudaError_t synchronize(emu_stream *s) {
 	return st.devices[size_t(device)].error;
 }
 
+namespace {
+thread_local cudaStreamCaptureMode thread_mode = cudaStreamCaptureModeGlobal;
+}
+
 cudaError_t unsafe_in_capture() {
+	if (thread_mode == cudaStreamCaptureModeRelaxed) return cudaSuccess;
 	for (auto &s : state().streams)
 		if (s->capture && s->capture->mode == cudaStreamCaptureModeGlobal) {
 			s->capture->invalid = true;
@@ -231,6 +236,12 @@ cudaError_t unsafe_in_capture() {
 } // namespace emu
 
 using namespace emu;
+
+// A thread's own captures of the ThreadLocal mode are not held against it here, as a real runtime would.
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode *mode) {
+	std::swap(thread_mode, *mode);
+	return cudaSuccess;
+}
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t *out, unsigned flags) {
 	std::lock_guard<std::mutex> lock(state().mu);
