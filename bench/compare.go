@@ -30,7 +30,7 @@ func Compare(ctx context.Context, units []Unit, reps int, log func(string)) ([]R
 	var rows []Row // of each turn
 	for _, u := range units {
 		for _, s := range u.Sides {
-			log(fmt.Sprintf("%s: %s warms up", u.Case.label(), s.Name()))
+			log(fmt.Sprintf("%s: %s warms up", u.Case.Label(), s.Name()))
 			m := meter(s)
 			m.reset()
 			if err := s.Warm(ctx, u.Case); err != nil {
@@ -56,7 +56,7 @@ func Compare(ctx context.Context, units []Unit, reps int, log func(string)) ([]R
 				return nil, named(t.side, err)
 			}
 			r.Joules = used() * scale(t.unit.Case)
-			log(fmt.Sprintf("%s: run %d of %d, %s: %.4g s/image", t.unit.Case.label(), rep+1, reps, t.side.Name(), r.Seconds/float64(t.unit.Case.Batch)))
+			log(fmt.Sprintf("%s: run %d of %d, %s: %.4g s/image", t.unit.Case.Label(), rep+1, reps, t.side.Name(), r.Seconds/float64(t.unit.Case.Batch)))
 			rows[i].Runs = append(rows[i].Runs, r)
 		}
 	}

@@ -50,8 +50,8 @@ func (c Case) Settings() string {
 	return fmt.Sprintf("%d×%d", c.Iters, c.HeadSteps)
 }
 
-// label names a case in a line of text.
-func (c Case) label() string {
+// Label names a case in a line of text.
+func (c Case) Label() string {
 	return fmt.Sprintf("%s %s %s batch %d", c.Model, c.Settings(), c.DType, c.Batch)
 }
 
@@ -286,7 +286,7 @@ func (rep *Report) ratios() []string {
 		sort.Float64s(q)
 		if len(q) > 0 {
 			out = append(out, fmt.Sprintf("%s: margo is %.2f times as fast as %s (%d pairs, %.2f to %.2f)",
-				r.label(), Median(q), r.Side, len(q), q[0], q[len(q)-1]))
+				r.Label(), Median(q), r.Side, len(q), q[0], q[len(q)-1]))
 		}
 	}
 	return out
