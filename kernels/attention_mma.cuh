@@ -13,8 +13,10 @@
 //
 // Pipeline. Keys come in tiles of BN, counted from the sequence's own first key. K and V of
 // tile j+1 are copied by cp.async into the other of two buffers while tile j is multiplied; one
-// barrier per tile. Tiles that all queries see whole take a path without masks; the others
-// (end of the sequence, diagonal) run the same operations on masked scores.
+// barrier per tile. Tiles that all queries see whole and that a whole tile follows take a loop without masks and
+// without looking where the sequence ends; the others run the same operations on scores that are masked where
+// need be. Instructions bound that loop, so addresses advance by additions, lanes compare their own maxima (a row's is only
+// needed when its base moves), and sums are rescaled outside of it: it is left for that and entered again.
 //
 // Shared memory. Q: 16·STRIPS rows; K, V: 2 buffers of BN rows each; rows of D (+8 where D/8 is
 // even) elements: an odd number of 16-byte units, so that the 8 rows of an ldmatrix lie in different banks. Q
@@ -28,9 +30,8 @@
 // that has not moved is exactly 1: a query's bits depend on its own sequence only.
 // Unaligned rows are loaded element by element into the same tiles.
 //
-// ptxas (sm_90), registers: D = 64 to 80 168 (the limit for three blocks per SM), 128 233, 256 244, 512 149;
-// no spills. The loop without masks at D = 64 has 343 instructions, 64 of them HMMA; without the
-// rescaling that it mostly skips, 305: 21 % are HMMA. With blocks it has 496.
+// ptxas (sm_80, sm_90, sm_100), most registers: D = 64 to 80 165 (the limit for three blocks per SM: 168), 128 242, 256 246,
+// 512 159; no spills. The loop at D = 64 has 276 instructions on sm_80, 64 of them HMMA.
 #pragma once
 
 #include "attention.cuh"
@@ -67,20 +68,21 @@ template <class P, bool VEC> struct Copier {
 	    : row(int(threadIdx.x / UNITS)), col(int(threadIdx.x % UNITS * 8)), at(row * P::PITCH + col), bytes(col < dh ? 16 : 0), dh(dh) {
 		keep(row), keep(at), keep(bytes);
 	}
-	// rows calls f(r, i) for this thread's rows r of a tile of N, with i = min(first + r, last).
-	template <int N, class F> MARGO_DEVICE void rows(int first, int last, F f) const {
+	// rows calls f(r) for this thread's rows r + row of a tile of N.
+	template <int N, class F> MARGO_DEVICE void rows(F f) const {
 		if (PASS * UNITS < P::THREADS && row >= PASS) return;
 #pragma unroll VEC ? (N + PASS - 1) / PASS : 1
 		for (int r = 0; r < N; r += PASS)
-			if (N % PASS == 0 || r + row < N) f(r, first + r + row < last ? first + r + row : last);
+			if (N % PASS == 0 || r + row < N) f(r);
 	}
-	// unit copies 8 columns of a row to row r + (this thread's first) of a tile; src: column col of row 0.
-	MARGO_DEVICE void unit(bf16 *dst, int r, const bf16 *src, int row, int ld) const {
-		dst += at + r * P::PITCH;
+	// unit copies 8 columns of a row to row r of a tile, dst being this thread's part of row 0; src: column col of row 0,
+	// rows are ld2 bytes apart.
+	MARGO_DEVICE void unit(bf16 *dst, int r, const bf16 *src, int row, int ld2) const {
+		dst += r * P::PITCH;
 		if (VEC) {
-			gpu::cp_async16(dst, reinterpret_cast<const char *>(src) + int64_t(row) * (2 * ld), bytes);
+			gpu::cp_async16(dst, reinterpret_cast<const char *>(src) + int64_t(row) * ld2, bytes);
 		} else {
-			src += int64_t(row) * ld;
+			src += int64_t(row) * (ld2 / 2);
 #pragma unroll
 			for (int i = 0; i < 8; i++) dst[i] = col + i < dh ? src[i] : bf16{0};
 		}
@@ -91,10 +93,11 @@ template <class P, bool VEC> struct Copier {
 template <class P> struct Strip {
 	static constexpr int K16 = P::D / 16, NT = P::BN / 8, OT = P::COLS / 8;
 	uint32_t q[P::KEEP_Q ? K16 : 1][4], qt[2]; // qt: the last 8 columns, if D is no multiple of 16
-	float o[OT][4], base[2], sum[2];           // of rows g and g+8: Σ pV, the exponent that p is relative to, this lane's Σp
+	float o[OT][4], base[2], sum[2];           // of rows g and g+8: Σ pV, minus the exponent that p is relative to, this lane's Σp
+	float s[NT][4], m[2];                      // S, then P, of a tile; the greatest s of this lane's keys
 	float c;                                   // 2^(c·s)
 	int visible[2];                            // keys that the rows see
-	int at_q, at_k, at_kt, at_v, t2;           // what this lane reads first of q, k (and its last columns) and v; its first column
+	int at_q, at_k, at_kt, at_v, t2;           // what this lane reads first of q, of a tile's k (and its last columns) and v; its first column
 
 	MARGO_DEVICE Strip(int strip, int col0) {
 		const int lane = int(threadIdx.x % 32);
@@ -106,14 +109,12 @@ template <class P> struct Strip {
 		keep(at_k), keep(at_v);
 	}
 
-	// step takes in one tile; at is its first key.
-	template <bool MASK> MARGO_DEVICE void step(const bf16 (&qs)[P::ROWS][P::PITCH], const typename P::Tile &tile, int at) {
-		float s[NT][4];
+	// scores computes S of the tile at this lane's krow (ktail: its last columns).
+	MARGO_DEVICE void scores(const bf16 (&qs)[P::ROWS][P::PITCH], const bf16 *krow, const bf16 *ktail) {
 #pragma unroll
 		for (int n = 0; n < NT; n++)
 #pragma unroll
 			for (int i = 0; i < 4; i++) s[n][i] = 0;
-		const bf16 *krow = &tile.k[0][0] + at_k;
 #pragma unroll
 		for (int kk = 0; kk < K16; kk++) {
 			if (!P::KEEP_Q) gpu::ldmatrix_x4(q[0], &qs[0][0] + at_q + kk * 16);
@@ -130,45 +131,54 @@ template <class P> struct Strip {
 #pragma unroll
 			for (int n = 0; n < NT; n += 4) {
 				uint32_t b[4];
-				gpu::ldmatrix_x4(b, &tile.k[0][0] + at_kt + n * 8 * P::PITCH);
+				gpu::ldmatrix_x4(b, ktail + n * 8 * P::PITCH);
 #pragma unroll
 				for (int i = 0; i < 4; i++) gpu::mma_bf16_k8(s[n + i], qt, b[i]);
 			}
 		}
-		if (MASK) {
+	}
+	// hide masks the keys that the rows do not see; at is the first one of the tile.
+	MARGO_DEVICE void hide(int at) {
 #pragma unroll
-			for (int n = 0; n < NT; n++)
+		for (int n = 0; n < NT; n++)
 #pragma unroll
-				for (int i = 0; i < 4; i++)
-					if (at + n * 8 + t2 + i % 2 >= visible[i / 2]) s[n][i] = -INFINITY;
-		}
-		float old[2] = {base[0], base[1]};
+			for (int i = 0; i < 4; i++)
+				if (at + n * 8 + t2 + i % 2 >= visible[i / 2]) s[n][i] = -INFINITY;
+	}
+	// beyond tells if a row's base must move: p may reach 2^8 before sums are rescaled.
+	MARGO_DEVICE bool beyond(int h) const { return fmaf(m[h], c, base[h]) > 8.0f; }
+	MARGO_DEVICE bool beyond() {
 #pragma unroll
 		for (int h = 0; h < 2; h++) {
-			float m = fmaxf(s[0][2 * h], s[0][2 * h + 1]);
+			m[h] = fmaxf(s[0][2 * h], s[0][2 * h + 1]);
 #pragma unroll
-			for (int n = 1; n < NT; n++) m = fmaxf(m, fmaxf(s[n][2 * h], s[n][2 * h + 1]));
-			m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 1));
-			m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 2));
-			if (fmaf(m, c, -base[h]) > 8.0f) base[h] = m * c; // p may reach 2^8 before sums are rescaled
+			for (int n = 1; n < NT; n++) m[h] = fmaxf(m[h], fmaxf(s[n][2 * h], s[n][2 * h + 1]));
 		}
-		if (__any_sync(0xffffffffu, base[0] != old[0] || base[1] != old[1])) {
+		return __any_sync(0xffffffffu, beyond(0) || beyond(1));
+	}
+	// rescale moves the bases of the rows that need it.
+	MARGO_DEVICE void rescale() {
 #pragma unroll
-			for (int h = 0; h < 2; h++) {
-				float shrink = gpu::exp2_fast(old[h] - base[h]);
-				sum[h] *= shrink;
+		for (int h = 0; h < 2; h++) {
+			m[h] = fmaxf(m[h], __shfl_xor_sync(0xffffffffu, m[h], 1));
+			m[h] = fmaxf(m[h], __shfl_xor_sync(0xffffffffu, m[h], 2));
+			float old = base[h];
+			if (beyond(h)) base[h] = -m[h] * c;
+			float shrink = gpu::exp2_fast(base[h] - old);
+			sum[h] *= shrink;
 #pragma unroll
-				for (int n = 0; n < OT; n++) o[n][2 * h] *= shrink, o[n][2 * h + 1] *= shrink;
-			}
+			for (int n = 0; n < OT; n++) o[n][2 * h] *= shrink, o[n][2 * h + 1] *= shrink;
 		}
+	}
+	// values turns S into P and adds P·V of the tile at this lane's vrow.
+	MARGO_DEVICE void values(const bf16 *vrow) {
 #pragma unroll
 		for (int n = 0; n < NT; n++)
 #pragma unroll
 			for (int i = 0; i < 4; i++) {
-				s[n][i] = gpu::exp2_fast(fmaf(s[n][i], c, -base[i / 2]));
+				s[n][i] = gpu::exp2_fast(fmaf(s[n][i], c, base[i / 2]));
 				sum[i / 2] += s[n][i];
 			}
-		const bf16 *vrow = &tile.v[0][0] + at_v;
 #pragma unroll
 		for (int kk = 0; kk < P::BN / 16; kk++) {
 			const uint32_t p[4] = {gpu::pack_bf16(s[2 * kk][0], s[2 * kk][1]), gpu::pack_bf16(s[2 * kk][2], s[2 * kk][3]),
@@ -197,23 +207,30 @@ template <class P, bool VEC, bool PAGED> __global__ void __launch_bounds__(P::TH
 	if (first >= span.queries || (PAGED && span.queries == 1)) return; // one query: attention_decode.cu
 	const int rows = span.queries - first < P::ROWS ? span.queries - first : P::ROWS;
 	const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, strip = warp / P::SPLIT, col0 = warp % P::SPLIT * P::COLS;
-	const int keys = span.visible(p, first + rows - 1), whole = span.visible(p, first) / P::BN; // tiles without masks
+	const int keys = span.visible(p, first + rows - 1), whole = span.visible(p, first); // keys that some and that all rows see
 	const Copier<P, VEC> copier(p.dh);
 	const Rows<PAGED> map(p, span, int(blockIdx.z));
 	const bf16 *k = static_cast<const bf16 *>(p.k) + head * p.dh + copier.col, *v = static_cast<const bf16 *>(p.v) + head * p.dh + copier.col;
-	if (!PAGED) k += int64_t(span.k0) * p.ldk, v += int64_t(span.k0) * p.ldv;
+	if (!PAGED) k += int64_t(span.k0 + copier.row) * p.ldk, v += int64_t(span.k0 + copier.row) * p.ldv;
 	keep(k), keep(v);
-	auto fetch = [&](int stage, int at) { // starts the copy of the tile that begins with key at
-		bf16 *to = &sm.tile[stage].k[0][0];
-		copier.template rows<P::BN>(at, span.keys - 1, [&](int r, int i) {
-			int row = PAGED ? map(i) : i;
-			copier.unit(to, r, k, row, p.ldk);
-			copier.unit(to + P::BN * P::PITCH, r, v, row, p.ldv);
+	// fetch starts the copy of the tile that begins with key at, where k and v are this thread's first row; last: the tile may be the
+	// sequence's last. It moves k and v on to the next tile.
+	int ldk2 = 2 * p.ldk, ldv2 = 2 * p.ldv; // bytes
+	keep(ldk2), keep(ldv2);
+	auto fetch = [&](auto last, bf16 *to, int at) {
+		copier.template rows<P::BN>([&](int r) {
+			int row = at + copier.row + r, i = r;
+			if (decltype(last)::value) row = row < span.keys ? row : span.keys - 1, i = row - (at + copier.row);
+			if (PAGED) i = map(row);
+			copier.unit(to, r, k, i, ldk2);
+			copier.unit(to + P::BN * P::PITCH, r, v, i, ldv2);
 		});
+		if (!PAGED) k = reinterpret_cast<const bf16 *>(reinterpret_cast<const char *>(k) + int64_t(P::BN) * ldk2);
+		if (!PAGED) v = reinterpret_cast<const bf16 *>(reinterpret_cast<const char *>(v) + int64_t(P::BN) * ldv2);
 	};
 	const bf16 *q = static_cast<const bf16 *>(p.q) + int64_t(span.q0 + first) * p.ldq + head * p.dh + copier.col;
-	copier.template rows<P::ROWS>(0, rows - 1, [&](int r, int i) { copier.unit(&sm.q[0][0], r, q, i, p.ldq); });
-	if (keys > 0) fetch(0, 0);
+	copier.template rows<P::ROWS>([&](int r) { copier.unit(&sm.q[0][0] + copier.at, r, q, r + copier.row < rows ? r + copier.row : rows - 1, 2 * p.ldq); });
+	if (keys > 0) fetch(Const<true>{}, &sm.tile[0].k[0][0] + copier.at, 0);
 	gpu::cp_async_commit();
 	gpu::cp_async_wait<0>();
 	__syncthreads();
@@ -236,22 +253,54 @@ template <class P, bool VEC, bool PAGED> __global__ void __launch_bounds__(P::TH
 #pragma unroll
 	for (int h = 0; h < 2; h++) {
 		int row = strip * 16 + h * 8 + lane / 4;
-		w.base[h] = -3e38f, w.sum[h] = 0, w.visible[h] = row < rows ? span.visible(p, first + row) : 0;
+		w.base[h] = 3e38f, w.sum[h] = 0, w.visible[h] = row < rows ? span.visible(p, first + row) : 0;
 	}
 
-	int at = 0, stage = 0;
-	auto step = [&](auto mask) { // when the tile has come and its predecessor is done with, fetches the successor
+	constexpr int TILE = sizeof(typename P::Tile);
+	char *shared = reinterpret_cast<char *>(&sm.tile[0].k[0][0]);
+	// Bytes from there: what the lane reads of the present tile, and where the thread copies the next one to. They
+	// change buffers by one addition each.
+	int at_k = w.at_k * 2, at_kt = w.at_kt * 2, at_v = P::BN * P::PITCH * 2 + w.at_v * 2, to = TILE + copier.at * 2, other = TILE;
+	keep(at_k), keep(at_kt), keep(at_v), keep(to), keep(other);
+	int plain = (whole < keys - P::BN ? whole : keys - P::BN) - P::BN; // up to here tiles have no masks, nor have their successors an end
+	keep(plain);
+	int at = 0;
+	auto in = [&](int i) { return reinterpret_cast<const bf16 *>(shared + i); };
+	auto scores = [&](auto tail) { // when the tile has come and its predecessor is done with, fetches the successor
 		gpu::cp_async_wait<0>();
 		__syncthreads();
-		if (at + P::BN < keys) fetch(stage ^ 1, at + P::BN);
+		if (!decltype(tail)::value || at + P::BN < keys) fetch(tail, reinterpret_cast<bf16 *>(shared + to), at + P::BN);
 		gpu::cp_async_commit();
-		w.template step<decltype(mask)::value>(sm.q, sm.tile[stage], at);
-		at += P::BN, stage ^= 1;
+		w.scores(sm.q, in(at_k), in(at_kt));
 	};
+	auto values = [&] {
+		w.values(in(at_v));
+		at += P::BN;
+		at_k += other, at_v += other, to -= other, other = -other;
+		if (P::D % 16 != 0) at_kt -= other;
+	};
+	auto without_masks = [&] { // the inner loop runs while no row's base moves; on the first tile all do
+		scores(Const<false>{});
+		w.beyond();
 #pragma unroll 1
-	while (at < whole * P::BN) step(Const<false>{});
+		for (;;) {
+			w.rescale();
 #pragma unroll 1
-	while (at < keys) step(Const<true>{});
+			do {
+				values();
+				if (at > plain) return;
+				scores(Const<false>{});
+			} while (!w.beyond());
+		}
+	};
+	if (at <= plain) without_masks();
+#pragma unroll 1
+	while (at < keys) {
+		scores(Const<true>{});
+		if (at + P::BN > whole) w.hide(at);
+		if (w.beyond()) w.rescale();
+		values();
+	}
 
 	__syncthreads(); // Q is not needed any more: its rows take O
 	uint32_t bad[2];

@@ -8,10 +8,9 @@ dump=$1 objects=$2
 plain() { c++filt | sed -E 's/\(anonymous namespace\)::?//g; s/^void //; s/\(.*//; s/bool\)//g'; }
 rows=$(mktemp)
 trap 'rm -f "$rows" "$rows".*' EXIT
-for name in attention gemm gemm_sm90a head_latency; do
-  o=$objects/$name.o arch=sm_80
-  [ -f "$o" ] || { echo "budget.sh: no $o: make cuda builds it" >&2; exit 1; }
-  [[ $name == *_sm90a ]] && arch=sm_90a
+count() { # NAME: rows of the kernels of a file, to $rows.NAME
+  local rows=$rows.$1 o=$objects/$1.o arch=sm_80
+  [[ $1 == *_sm90a ]] && arch=sm_90a
   "$dump" -res-usage -arch "$arch" "$o" 2>/dev/null | awk -v arch="$arch" '
     /Function / { name = $2; sub(/:$/, "", name) }
     /REG:/ { for (i = 1; i <= NF; i++) { split($i, a, ":"); if (a[1] == "REG") r = a[2]; if (a[1] == "SHARED") h = a[2] }
@@ -42,9 +41,18 @@ for name in attention gemm gemm_sm90a head_latency; do
       addr[n] = hex(a); ops[n++] = op; c[op]++
       if (op == "BRA" && match($0, /0x[0-9a-f]+/)) { t = hex(substr($0, RSTART + 2, RLENGTH - 2)); if (t < addr[n - 1]) { from[loops] = t; to[loops++] = addr[n - 1] } } }
     END { flush() }' >"$rows.sass"
-  awk 'NR == FNR { s[$1] = $2 " " $3 " " $4 " " $5 " " $6 " " $7 " " $8; next } $1 in s { print $0, s[$1] }' "$rows.sass" "$rows.res" >>"$rows"
+  awk 'NR == FNR { s[$1] = $2 " " $3 " " $4 " " $5 " " $6 " " $7 " " $8; next } $1 in s { print $0, s[$1] }' "$rows.sass" "$rows.res" >"$rows"
+}
+files=(attention gemm gemm_sm90a head_latency) running=()
+for name in "${files[@]}"; do
+  [ -f "$objects/$name.o" ] || { echo "budget.sh: no $objects/$name.o: make cuda builds it" >&2; exit 1; }
+  count "$name" & running+=($!)
 done
-[ -s "$rows" ] || { echo "budget.sh: no kernel in $objects" >&2; exit 1; }
+for job in "${running[@]}"; do wait "$job" || { echo "budget.sh: $dump failed" >&2; exit 1; }; done
+for name in "${files[@]}"; do
+  [ -s "$rows.$name" ] || { echo "budget.sh: no kernel in $objects/$name.o" >&2; exit 1; }
+  cat "$rows.$name" >>"$rows"
+done
 paste -d'|' <(cut -d' ' -f1 "$rows" | plain) <(cut -d' ' -f2- "$rows") | sort -t'|' -k1,1 -k2,2 | awk -F'|' '
   BEGIN { print "| kernel | arch | registers | static shared | threads by registers | HMMA | HGMMA | LDGSTS | UTMALDG | LDSM | main loop: tensor of all | share |"
           print "|---|---|---|---|---|---|---|---|---|---|---|---|" }

@@ -121,6 +121,7 @@ func attentionCases() (cs []*Case) {
 		add(attention{heads: 12, dh: 64, q: []int{113}, k: []int{203}, d: d})
 		add(attention{heads: 2, dh: 64, q: []int{67, 20}, k: []int{67, 20}, d: d, sharp: 6, note: "sharp"})
 		add(attention{heads: 2, dh: 80, q: []int{33}, k: []int{65}, d: d, sharp: 6, causal: true, note: "sharp"})
+		add(attention{heads: 2, dh: 64, q: []int{7}, k: []int{400}, d: d, sharp: 6, note: "sharp, many keys"})
 		add(attention{heads: 2, dh: 72, q: []int{25, 20}, k: []int{25, 20}, d: d, nan: true, note: "nan"})
 		add(attention{heads: 2, dh: 64, q: []int{70, 20}, k: []int{70, 20}, d: d, nan: true, causal: true, note: "nan in the future"})
 		add(attention{heads: 3, dh: 40, q: []int{9, 5, 66}, k: []int{8, 32, 64}, d: d, exact: true, note: "exact mean"})
