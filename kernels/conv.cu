@@ -55,8 +55,8 @@ template <int BM, int BN, int WM, int WN, int S, bool ASYNC> __global__ void __l
 	Pixel px[mine];
 #pragma unroll
 	for (int i = 0; i < mine; i++) px[i] = pixel_of(p, m0 + row + i * (threads / 8));
-	auto load_a = [&](bf16 *slot, int64_t k0) {
-		const int64_t k = k0 + chunk * 8;
+	auto load_a = [&](bf16 *slot, int left, auto) {
+		const int64_t k = p.k - left + chunk * 8;
 		const int32_t t = int32_t(k / p.cin), c = int32_t(k - int64_t(t) * p.cin);
 #pragma unroll
 		for (int i = 0; i < mine; i++) {
@@ -83,7 +83,7 @@ template <int BM, int BN, int WM, int WN, int S, bool ASYNC> __global__ void __l
 		}
 	};
 	float acc[BM / WM / 16][BN / WN / 8][4];
-	mma_tile<BM, BN, WM, WN, S>(acc, mem, p.w, n0, p.n, p.k, load_a);
+	mma_tile<BM, BN, WM, WN, S, ASYNC>(acc, mem, p.w, n0, p.n, int(p.k), load_a);
 	store_tile<BM, BN, WM, WN, S>(acc, mem, p.e, m0, n0, p.m, p.n);
 }
 
@@ -140,7 +140,7 @@ margo_status op_conv2d(margo_stream *st, const margo_conv2d_args *a) {
 	p.x = ptr<void>(a->x), p.ldx = a->x.ld, p.x_bf16 = a->x.dtype == MARGO_BF16;
 	const bool tensor = a->w.dtype == MARGO_BF16;
 	int size = tensor ? 2 : 4;
-	p.w = {ptr<void>(a->w), a->w.ld, tensor, aligned(a->w, 16) && a->w.ld * size % 16 == 0};
+	p.w = {ptr<void>(a->w), a->w.ld, tensor, aligned(a->w, 16) && a->w.ld * size % 16 == 0 && a->w.ld < 1 << 30};
 	p.h = int32_t(a->h), p.wd = int32_t(a->wd), p.ho = int32_t(a->ho), p.wo = int32_t(a->wo), p.cin = int32_t(a->x.cols);
 	p.kernel = a->kernel, p.stride = a->stride, p.pad_top = a->pad_top, p.pad_left = a->pad_left, p.up = a->upsample ? 1 : 0;
 	p.e = make_epilogue(a->bias, 0, {}, 0, a->residual, a->y, MARGO_IDENTITY);
@@ -153,7 +153,8 @@ margo_status op_conv2d(margo_stream *st, const margo_conv2d_args *a) {
 		if (blocks(128, 128) >= sms && p.n >= 96) return run(st, "conv_f32_128x128", conv_f32<128, 128>, dim3(unsigned(blocks(128, 128))), dim3(256), sizeof(TileMemoryF32<128, 128>), p);
 		return run(st, "conv_f32_64x64", conv_f32<64, 64>, dim3(unsigned(blocks(64, 64))), dim3(256), sizeof(TileMemoryF32<64, 64>), p);
 	}
-	bool async = p.x_bf16 && p.whole;
+	if (p.k > INT32_MAX - 512) return fail(st->ctx, MARGO_UNSUPPORTED, "conv2d: sums of %ld products are too long", long(p.k));
+	bool async = p.x_bf16 && p.whole && p.w.aligned;
 	if (p.x_bf16 && !async) p.whole = 0;
 	if (blocks(128, 128) >= sms && p.n >= 96) return launch<128, 128, 2, 4, 3>(st, "conv_bf16_128x128", "conv_bf16_128x128_convert", p, async);
 	return launch<64, 64, 2, 2, 4>(st, "conv_bf16_64x64", "conv_bf16_64x64_convert", p, async);

@@ -32,17 +32,19 @@ __global__ void __launch_bounds__(WM *WN * 32, BM * BN > 128 * 128 ? 1 : 2) gemm
 	auto &mem = gpu::smem<TileMemory<BM, BN, S>>();
 	int64_t tm, tn;
 	tile_of(blockIdx.x, (p.m + BM - 1) / BM, (p.n + BN - 1) / BN, tm, tn);
+	int bm = int(tm), bn = int(tn);
 	const int64_t m0 = tm * BM, n0 = tn * BN;
-	auto load_a = [&](bf16 *slot, int64_t k0) {
+	RowCopy<BM, WM * WN * 32> copy(p.x.p, p.x.ld, m0, p.m);
+	auto load_a = [&](bf16 *slot, int left, auto whole) {
+		if constexpr (ASYNC) {
+			if (decltype(whole)::value) copy.whole(slot);
+			else copy.part(slot, left);
+		} else {
 #pragma unroll
-		for (int i = threadIdx.x; i < BM * 8; i += WM * WN * 32) {
-			int r = i / 8, c = i % 8;
-			int64_t row = m0 + r, kk = k0 + c * 8;
-			bool in = row < p.m && kk < p.k;
-			if constexpr (ASYNC) {
-				const bf16 *src = static_cast<const bf16 *>(p.x.p) + (in ? row * p.x.ld + kk : 0);
-				gpu::cp_async16(swizzled(slot, r, c), src, in ? (p.k - kk < 8 ? int(p.k - kk) * 2 : 16) : 0);
-			} else {
+			for (int i = threadIdx.x; i < BM * 8; i += WM * WN * 32) {
+				int r = i / 8, c = i % 8;
+				int64_t row = m0 + r, kk = p.k - left + c * 8;
+				bool in = row < p.m && kk < p.k;
 				uint4 v = make_uint4(0, 0, 0, 0);
 				if (in && !p.x.bf16_in && p.x.aligned && kk + 8 <= p.k) {
 					const float4 *q = reinterpret_cast<const float4 *>(static_cast<const float *>(p.x.p) + row * p.x.ld + kk);
@@ -56,8 +58,9 @@ __global__ void __launch_bounds__(WM *WN * 32, BM * BN > 128 * 128 ? 1 : 2) gemm
 		}
 	};
 	float acc[BM / WM / 16][BN / WN / 8][4];
-	mma_tile<BM, BN, WM, WN, S>(acc, mem, p.w, n0, p.n, p.k, load_a);
-	store_tile<BM, BN, WM, WN, S>(acc, mem, p.e, m0, n0, p.m, p.n);
+	mma_tile<BM, BN, WM, WN, S, ASYNC>(acc, mem, p.w, n0, p.n, int(p.k), load_a);
+	keep(bm), keep(bn); // the loop has no registers for m0 and n0
+	store_tile<BM, BN, WM, WN, S>(acc, mem, p.e, int64_t(bm) * BM, int64_t(bn) * BN, p.m, p.n);
 }
 
 template <int BM, int BN> __global__ void __launch_bounds__(256) gemm_f32(const GemmParams p) {
@@ -122,8 +125,8 @@ margo_status gemm_mma(margo_stream *st, const margo_gemm_args *a) {
 	p.m = a->y.rows, p.n = a->y.cols, p.k = a->w.cols;
 	if (p.m == 0 || p.n == 0) return MARGO_OK;
 	int size = a->w.dtype == MARGO_BF16 ? 2 : 4;
-	p.x = {ptr<void>(a->x), a->x.ld, a->x.dtype == MARGO_BF16, aligned(a->x, 16)};
-	p.w = {ptr<char>(a->w) + a->n0 * a->w.ld * size, a->w.ld, a->w.dtype == MARGO_BF16, aligned(a->w, 16) && a->w.ld * size % 16 == 0};
+	p.x = {ptr<void>(a->x), a->x.rows > 1 ? a->x.ld : 0, a->x.dtype == MARGO_BF16, aligned(a->x, 16)};
+	p.w = {ptr<char>(a->w) + a->n0 * a->w.ld * size, a->w.ld, a->w.dtype == MARGO_BF16, aligned(a->w, 16) && a->w.ld * size % 16 == 0 && a->w.ld < 1 << 30};
 	p.e = make_epilogue(a->bias, a->n0, a->gate, a->gate_rows, a->residual, a->y, a->act);
 	const int64_t sms = st->ctx->prop.multiProcessorCount;
 	auto blocks = [&](int bm, int bn) { return ceil_div(p.m, bm) * ceil_div(p.n, bn); };
@@ -133,7 +136,8 @@ margo_status gemm_mma(margo_stream *st, const margo_gemm_args *a) {
 			return run(st, "gemm_f32_128x128", gemm_f32<128, 128>, dim3(unsigned(blocks(128, 128))), dim3(256), sizeof(TileMemoryF32<128, 128>), p);
 		return run(st, "gemm_f32_64x64", gemm_f32<64, 64>, dim3(unsigned(blocks(64, 64))), dim3(256), sizeof(TileMemoryF32<64, 64>), p);
 	}
-	bool async = p.x.bf16_in && p.x.aligned;
+	if (p.k > INT32_MAX - 512) return fail(st->ctx, MARGO_UNSUPPORTED, "gemm: sums of %ld products are too long", long(p.k));
+	bool async = p.x.bf16_in && p.x.aligned && p.w.aligned && p.x.ld < 1 << 30;
 	if (blocks(128, 256) >= sms) return launch_bf16<128, 256, 2, 4, 3>(st, "gemm_bf16_128x256", "gemm_bf16_128x256_convert", p, async);
 	if (blocks(128, 128) >= sms) return launch_bf16<128, 128, 2, 4, 3>(st, "gemm_bf16_128x128", "gemm_bf16_128x128_convert", p, async);
 	if (p.m > 32 && blocks(64, 64) >= sms / 2) return launch_bf16<64, 64, 2, 2, 4>(st, "gemm_bf16_64x64", "gemm_bf16_64x64_convert", p, async);

@@ -6,6 +6,8 @@
 // own row and column only: not on the number of rows, nor on the tile that was chosen.
 #pragma once
 
+#include <type_traits>
+
 #include "act.cuh"
 #include "plugin.h"
 
@@ -91,36 +93,99 @@ template <class T> MARGO_DEVICE uint4 load8(const T *row, int64_t k, int64_t end
 // 128 bytes = 8 chunks of 16; chunk c of row r lies at c ^ (r & 7), so that both the copies in
 // and ldmatrix touch every bank once.
 template <int BM, int BN, int S> struct TileMemory {
-	bf16 a[S][BM * 64];
-	bf16 b[S][BN * 64];
+	struct {
+		bf16 a[BM * 64], b[BN * 64];
+	} stage[S];
 };
 
 MARGO_DEVICE bf16 *swizzled(bf16 *tile, int row, int chunk) { return tile + row * 64 + ((chunk ^ (row & 7)) << 3); }
 
-// mma_tile computes the block's tile: acc[i][j] is the m16n8 tile (i, j) of the warp. load_a(slot, k0)
-// starts bringing columns k0 … k0+63 of the block's rows of X into slot.
-template <int BM, int BN, int WM, int WN, int S, class LoadA>
-MARGO_DEVICE void mma_tile(float (&acc)[BM / WM / 16][BN / WN / 8][4], TileMemory<BM, BN, S> &mem, const Weight &w, int64_t n_first, int64_t n_end, int64_t k,
-                           LoadA load_a) {
-	constexpr int MI = BM / WM / 16, NI = BN / WN / 8, threads = WM * WN * 32;
-	const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
-	const int row0 = warp / WN * (BM / WM), col0 = warp % WN * (BN / WN);
-	const int64_t steps = (k + 63) / 64;
-
-	auto load_b = [&](bf16 *slot, int64_t k0) {
+// RowCopy brings rows of a bf16 matrix, aligned to 16 bytes and less than 2^31 bytes apart, into a tile of ROWS by cp.async. Thread t
+// copies chunk t%8 of rows t/8 + j·STEP: one place in the tile and one in memory, from which the others are constant distances away.
+// Rows from the end on become zeros.
+template <int ROWS, int THREADS> struct RowCopy {
+	static constexpr int STEP = THREADS / 8, N = ROWS / STEP;
+	static_assert(STEP % 8 == 0 && ROWS % STEP == 0);
+	const char *src;
+	int pitch, rows, chunk, at; // bytes between rows; rows that there are from this thread's first on; this thread's chunk, and the first one's place
+	MARGO_DEVICE RowCopy(const void *p, int64_t ld, int64_t first, int64_t end) {
+		const int row = int(threadIdx.x) / 8;
+		chunk = int(threadIdx.x) % 8, at = row * 64 + ((chunk ^ (row & 7)) << 3);
+		src = static_cast<const char *>(p) + ((first + row) * ld + chunk * 8) * 2;
+		pitch = int(ld * 2), rows = end - first < ROWS ? int(end - first) - row : ROWS;
+	}
+	// whole copies the next 64 columns, which all exist; part those of them that do, left.
+	MARGO_DEVICE void whole(bf16 *tile) {
+		keep(pitch), keep(rows); // else what follows from them fills registers
 #pragma unroll
-		for (int i = tid; i < BN * 8; i += threads) {
-			int r = i / 8, c = i % 8;
-			int64_t n = n_first + r, kk = k0 + c * 8;
-			bool in = n < n_end && kk < k;
-			if (w.aligned && w.bf16_in) {
-				const bf16 *src = static_cast<const bf16 *>(w.p) + (in ? n * w.ld + kk : 0);
-				gpu::cp_async16(swizzled(slot, r, c), src, in ? (k - kk < 8 ? int(k - kk) * 2 : 16) : 0);
-			} else {
+		for (int j = 0; j < N; j++) gpu::cp_async16(tile + at + j * STEP * 64, src + int64_t(j * STEP) * pitch, j * STEP < rows ? 16 : 0);
+		src += 128;
+	}
+	MARGO_DEVICE void part(bf16 *tile, int left) {
+		const int bytes = (left - chunk * 8) * 2;
+#pragma unroll 1
+		for (int j = 0; j < N; j++)
+			gpu::cp_async16(tile + at + j * STEP * 64, src + int64_t(j * STEP) * pitch, j * STEP < rows && bytes > 0 ? bytes < 16 ? bytes : 16 : 0);
+		src += 128;
+	}
+};
+
+// mma_tile computes the block's tile: acc[i][j] is the m16n8 tile (i, j) of the warp. load_a(slot, left, whole)
+// starts bringing the next 64 columns of the block's rows of X into slot: left are not there yet; whole (a std::bool_constant): at
+// least 64. ASYNC: W is aligned, and its rows are less than 2^31 bytes apart.
+//
+// The loop over k takes steps whose copies are whole; a second one the last steps, which copy what is left or nothing.
+// Instructions bound the first: a copy costs it one for the address and one for the edge of the matrix, and what ldmatrix reads in
+// chunk 2·kk is an exclusive or away from what it reads in chunk 0.
+template <int BM, int BN, int WM, int WN, int S, bool ASYNC, class LoadA>
+MARGO_DEVICE void mma_tile(float (&acc)[BM / WM / 16][BN / WN / 8][4], TileMemory<BM, BN, S> &mem, const Weight &w, int64_t n_first, int64_t n_end, int k,
+                           LoadA load_a) {
+	constexpr int MI = BM / WM / 16, NI = BN / WN / 8, threads = WM * WN * 32, STAGE = sizeof mem.stage[0];
+	static_assert(NI % 2 == 0 && STAGE % 128 == 0);
+	const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
+	const int steps = k / 64 + (k % 64 != 0);
+	RowCopy<BN, threads> copy_b(w.p, w.ld, n_first, n_end);
+
+	int left = k; // columns that no stage has
+	auto load = [&](int to, auto whole) {
+		auto &stage = *reinterpret_cast<decltype(&mem.stage[0])>(reinterpret_cast<char *>(&mem) + to);
+		load_a(stage.a, left, whole);
+		if constexpr (ASYNC) {
+			if (decltype(whole)::value) copy_b.whole(stage.b);
+			else copy_b.part(stage.b, left);
+		} else if (w.aligned) {
+			copy_b.part(stage.b, left);
+		} else {
+#pragma unroll 1
+			for (int i = int(threadIdx.x); i < BN * 8; i += threads) {
+				const int64_t n = n_first + i / 8;
 				uint4 v = make_uint4(0, 0, 0, 0);
-				if (in) v = w.bf16_in ? load8(static_cast<const bf16 *>(w.p) + n * w.ld, kk, k) : load8(static_cast<const float *>(w.p) + n * w.ld, kk, k);
-				*reinterpret_cast<uint4 *>(swizzled(slot, r, c)) = v;
+				if (n < n_end) v = load8(static_cast<const bf16 *>(w.p) + n * w.ld, k - left + i % 8 * 8, k);
+				*reinterpret_cast<uint4 *>(swizzled(stage.b, i / 8, i % 8)) = v;
 			}
+		}
+	};
+	// What a lane reads first of A and of B, in bytes from a stage's start: rows of 16 lanes, then chunks (A); the other way round (B).
+	const int at_a = (warp / WN * (BM / WM) + lane % 16) * 128 + ((lane / 16 ^ (lane & 7)) << 4);
+	const int at_b = BM * 128 + (warp % WN * (BN / WN) + (lane & 7) + (lane >> 4) * 8) * 128 + (((lane >> 3 & 1) ^ (lane & 7)) << 4);
+	auto multiply = [&](int from) {
+		auto at = [&](int i) { return reinterpret_cast<const char *>(&mem) + i; };
+#pragma unroll
+		for (int kk = 0; kk < 4; kk++) {
+			uint32_t fa[MI][4], fb[NI][2];
+			const char *a = at((from + at_a) ^ kk * 32), *b = at((from + at_b) ^ kk * 32);
+#pragma unroll
+			for (int i = 0; i < MI; i++) gpu::ldmatrix_x4(fa[i], a + i * 16 * 128);
+#pragma unroll
+			for (int j = 0; j < NI; j += 2) {
+				uint32_t r[4];
+				gpu::ldmatrix_x4(r, b + j * 8 * 128);
+				fb[j][0] = r[0], fb[j][1] = r[1], fb[j + 1][0] = r[2], fb[j + 1][1] = r[3];
+			}
+#pragma unroll
+			for (int i = 0; i < MI; i++)
+#pragma unroll
+				for (int j = 0; j < NI; j++) gpu::mma_bf16(acc[i][j], fa[i], fb[j]);
 		}
 	};
 #pragma unroll
@@ -130,42 +195,27 @@ MARGO_DEVICE void mma_tile(float (&acc)[BM / WM / 16][BN / WN / 8][4], TileMemor
 #pragma unroll
 			for (int e = 0; e < 4; e++) acc[i][j][e] = 0;
 
-#pragma unroll
-	for (int s = 0; s < S - 1; s++) {
-		if (s < steps) load_a(mem.a[s], int64_t(s) * 64), load_b(mem.b[s], int64_t(s) * 64);
+#pragma unroll 1
+	for (int s = 0; s < S - 1; s++, left -= 64) {
+		if (ASYNC && left >= 64) load(s * STAGE, std::true_type{});
+		else if (left > 0) load(s * STAGE, std::false_type{});
 		gpu::cp_async_commit();
 	}
-	for (int64_t t = 0; t < steps; t++) {
+	int from = 0, to = (S - 1) * STAGE; // bytes: the stage that is read, and that which was read last
+	auto step = [&](auto whole) {
 		gpu::cp_async_wait<S - 2>();
 		__syncthreads(); // stage t has come for all; stage t-1 has been read by all
-		if (t + S - 1 < steps) {
-			int slot = int((t + S - 1) % S);
-			load_a(mem.a[slot], (t + S - 1) * 64), load_b(mem.b[slot], (t + S - 1) * 64);
-		}
+		if (decltype(whole)::value || left > 0) load(to, whole);
 		gpu::cp_async_commit();
-		bf16 *a = mem.a[t % S], *b = mem.b[t % S];
-#pragma unroll
-		for (int kk = 0; kk < 4; kk++) {
-			uint32_t fa[MI][4], fb[NI][2];
-#pragma unroll
-			for (int i = 0; i < MI; i++) gpu::ldmatrix_x4(fa[i], swizzled(a, row0 + i * 16 + lane % 16, kk * 2 + lane / 16));
-			if constexpr (NI % 2 == 0) {
-#pragma unroll
-				for (int j = 0; j < NI; j += 2) {
-					uint32_t r[4];
-					gpu::ldmatrix_x4(r, swizzled(b, col0 + j * 8 + (lane & 7) + (lane >> 4) * 8, kk * 2 + (lane >> 3 & 1)));
-					fb[j][0] = r[0], fb[j][1] = r[1], fb[j + 1][0] = r[2], fb[j + 1][1] = r[3];
-				}
-			} else {
-#pragma unroll
-				for (int j = 0; j < NI; j++) gpu::ldmatrix_x2(fb[j], swizzled(b, col0 + j * 8 + (lane & 7), kk * 2 + (lane >> 3 & 1)));
-			}
-#pragma unroll
-			for (int i = 0; i < MI; i++)
-#pragma unroll
-				for (int j = 0; j < NI; j++) gpu::mma_bf16(acc[i][j], fa[i], fb[j]);
-		}
+		multiply(from);
+		to = from, from = from == (S - 1) * STAGE ? 0 : from + STAGE, left -= 64;
+	};
+	if constexpr (ASYNC) {
+#pragma unroll 1
+		while (left >= 64) step(std::true_type{});
 	}
+#pragma unroll 1
+	for (int t = (k - left) / 64 - (S - 1); t < steps; t++) step(std::false_type{});
 	gpu::cp_async_wait<0>();
 }
 
