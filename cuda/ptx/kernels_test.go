@@ -110,9 +110,11 @@ func tile(name string) (n []int, flag bool) {
 }
 
 // gemmKernel runs a tile of gemm.cu over 37 × 44 × 72 with bias, GELU, gate and residual: edges in rows and columns, two steps in k, the
-// second cut. Then without the rest on small whole numbers, whose sums are exact in any order: the limit is far below 1.
+// second cut. Then without the rest on small whole numbers, whose sums are exact in any order: the limit is far below 1. An
+// asynchronous kernel of n[4] stages then gets k long enough for its loop of whole steps to run twice.
 func gemmKernel(t testing.TB, m *Module, name string) {
-	const rows, cols, k, gateRows = 37, 44, 72, 10
+	const rows, cols, gateRows = 37, 44, 10
+	k := 72
 	n, async := tile(name)
 	x, w, l := engine.F32, engine.F32, Launch{Block: [3]int{256}, Shared: 4 * 2 * 16 * (n[0] + n[1] + 8)}
 	if strings.Contains(name, "gemm_bf16") {
@@ -132,6 +134,9 @@ func gemmKernel(t testing.TB, m *Module, name string) {
 		g := normal(1).bf16Of()
 		if exact {
 			g = whole
+			if async {
+				k += 64 * n[4]
+			}
 		}
 		px, pw := p.in(x, g, rows, k), p.in(w, g, cols, k)
 		p.gap = 4
