@@ -59,13 +59,17 @@ abi-check: ## compare our prototypes of cuBLASLt, NCCL and NVML with NVIDIA's he
 	@kernels/abi/check.sh "$(CURDIR)/.abi"
 
 .PHONY: budget budget-static budget-check
-budget: cuda ## write kernels/BUDGET.md: instructions of the main loops, roofline estimate
+budget: cuda ## write kernels/BUDGET.md: instructions of the main loops, occupancy, roofline estimate
 	@kernels/budget.sh "$(dir $(NVCC))cuobjdump" .build/cuda
 	@MARGO_UPDATE_BUDGET=1 $(GO) test -count=1 -run TestRooflineTable ./engine/sample
+	@$(MAKE) --no-print-directory emu
+	@MARGO_UPDATE_BUDGET=1 $(GO) test -count=1 -run TestOccupancyTable ./cuda
 budget-static: cuda # only the part that comes from the compiler; the other is a test
 	@CHECK=1 kernels/budget.sh "$(dir $(NVCC))cuobjdump" .build/cuda
 budget-check: budget-static ## compare kernels/BUDGET.md with what the pinned compiler makes now
 	@$(GO) test -count=1 -run TestRoofline ./engine/sample
+	@$(MAKE) --no-print-directory emu
+	@$(GO) test -count=1 -run TestOccupancyTable ./cuda
 
 .PHONY: test
 test: ## everything that must pass: format, vet, tests, race detector, sanitizers, arm64

@@ -54,10 +54,10 @@ func marB(n int) sample.Request {
 }
 
 // launched samples a batch and says what the device was asked for.
-func launched(t *testing.T, d *Device, e *sample.Engine, n int) Counters {
+func launched(t *testing.T, d *Device, e *sample.Engine, r sample.Request) Counters {
 	t.Helper()
 	before := d.Counters()
-	if err := e.Run(context.Background(), marB(n), nil, func(im sample.Image) error {
+	if err := e.Run(context.Background(), r, nil, func(im sample.Image) error {
 		if im.MaxToken == im.MaxToken {
 			return fmt.Errorf("a number came out of kernels that did not run: %g", im.MaxToken)
 		}
@@ -97,10 +97,10 @@ func TestLaunches(t *testing.T) {
 	for _, want := range launches {
 		t.Run(fmt.Sprintf("%s/%d", want.path, want.batch), func(t *testing.T) {
 			d, e := traced(t, "MARGO_HEAD_PATH="+want.path)
-			if first := launched(t, d, e, want.batch); first.Syncs != 0 || first.CopiesIn != 1 || first.CopiesOut != 1 {
+			if first := launched(t, d, e, marB(want.batch)); first.Syncs != 0 || first.CopiesIn != 1 || first.CopiesOut != 1 {
 				t.Errorf("the first run waits %d times and copies %d times in and %d out", first.Syncs, first.CopiesIn, first.CopiesOut)
 			}
-			c := launched(t, d, e, want.batch)
+			c := launched(t, d, e, marB(want.batch))
 			t.Logf("%+v", c)
 			if c.Syncs != 0 || c.CopiesIn != 1 || c.CopiesOut != 1 || c.Allocs != 0 {
 				t.Errorf("waits %d times, copies %d times in and %d out, takes memory %d times", c.Syncs, c.CopiesIn, c.CopiesOut, c.Allocs)
