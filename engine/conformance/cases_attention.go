@@ -145,5 +145,9 @@ func attentionCases() (cs []*Case) {
 		add(attention{heads: 16, dh: 80, q: huge, k: huge, d: d, large: true, huge: true, note: "MAR-H, 32 images"})
 		add(attention{heads: 16, dh: 80, q: []int{320, 320}, k: []int{320, 320}, d: d, large: true, note: "MAR-H"})
 	}
+	// Enough keys for a loop over whole tiles, in rows aligned to 16 bytes.
+	for _, dh := range []int{16, 32, 48, 64, 72, 80, 96, 128, 192, 256} {
+		add(attention{heads: 1, dh: dh, q: []int{200, 20}, k: []int{200, 20}, d: engine.BF16, causal: dh%3 == 0, note: "whole tiles"})
+	}
 	return cs
 }

@@ -195,6 +195,9 @@ func gemmCases() (cs []*Case) {
 			add(l)
 		}
 	}
+	// More steps of k than stages of a pipeline, rows aligned to 16 bytes, and a last step of one unit or of part of one.
+	add(gemm{m: 45, n: 75, k: 840, x: bf16, w: bf16, y: f32, exact: true, note: "exact long sums"})
+	add(gemm{m: 45, n: 75, k: 837, x: bf16, w: bf16, y: f32, gap: 3, unpacked: true, exact: true, note: "exact long sums"})
 	add(gemm{m: 29, n: 83, k: 117, x: f32, w: bf16, y: f32, raw: true, bias: true, note: "operand to be rounded"})
 	add(gemm{m: 29, n: 83, k: 117, x: f32, w: bf16, y: bf16, wideW: true, bias: true, note: "packed from f32"})
 	return cs
