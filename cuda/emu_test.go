@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"margo/engine"
+	"margo/engine/conformance"
 )
 
 // mutants lists the seeded bugs of kernels/emu/test/mutants.cu and how each must end, in the plain
@@ -202,6 +203,33 @@ func TestInjectedFaults(t *testing.T) {
 	}
 	if err := open(); err != nil {
 		t.Errorf("after the faults: %v", err)
+	}
+}
+
+// TestTiles: the largest tiles that fit into a device's shared memory are right: 163 KiB a block on 8.0, 99 on 8.6. With one
+// multiprocessor gemm takes its largest for anything.
+func TestTiles(t *testing.T) {
+	if os.Getenv("MARGO_CUDA_TEST_DEVICE") != "" {
+		t.Skip("emulated devices")
+	}
+	t.Setenv("MARGO_EMU_SMS", "1")
+	for cc, want := range map[string]string{"80": "gemm_bf16_128x256", "86": "gemm_bf16_128x128"} {
+		t.Run(cc, func(t *testing.T) {
+			path := filepath.Join(t.TempDir(), "trace")
+			t.Setenv("MARGO_EMU_CC", cc)
+			t.Setenv("MARGO_EMU_TRACE", path)
+			conformance.Run(t, testDevice(t), conformance.Options{Quick: true,
+				Match: regexp.MustCompile(`^gemm/bf16/(45x75x8|3x65x33 )|^conv2d/bf16/.*residual=y|^attention/bf16/1x(256|512) `)})
+			text, err := os.ReadFile(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, name := range []string{want, want + "_convert", "attention_256", "attention_512"} {
+				if !strings.Contains(string(text), "kernel "+name+" ") {
+					t.Errorf("no launch of %s", name)
+				}
+			}
+		})
 	}
 }
 

@@ -138,7 +138,8 @@ margo_status gemm_mma(margo_stream *st, const margo_gemm_args *a) {
 	}
 	if (p.k > INT32_MAX - 512) return fail(st->ctx, MARGO_UNSUPPORTED, "gemm: sums of %ld products are too long", long(p.k));
 	bool async = p.x.bf16_in && p.x.aligned && p.w.aligned && p.x.ld < 1 << 30;
-	if (blocks(128, 256) >= sms) return launch_bf16<128, 256, 2, 4, 3>(st, "gemm_bf16_128x256", "gemm_bf16_128x256_convert", p, async);
+	const bool wide = sizeof(TileMemory<128, 256, 3>) <= st->ctx->prop.sharedMemPerBlockOptin; // 144 KiB: not on 8.6, 8.9 and 12.0, which have 99
+	if (wide && blocks(128, 256) >= sms) return launch_bf16<128, 256, 2, 4, 3>(st, "gemm_bf16_128x256", "gemm_bf16_128x256_convert", p, async);
 	if (blocks(128, 128) >= sms) return launch_bf16<128, 128, 2, 4, 3>(st, "gemm_bf16_128x128", "gemm_bf16_128x128_convert", p, async);
 	if (p.m > 32 && blocks(64, 64) >= sms / 2) return launch_bf16<64, 64, 2, 2, 4>(st, "gemm_bf16_64x64", "gemm_bf16_64x64_convert", p, async);
 	return launch_bf16<32, 32, 1, 2, 6>(st, "gemm_bf16_32x32", "gemm_bf16_32x32_convert", p, async);
