@@ -100,6 +100,8 @@ func (c *check) blocks(a *AttentionArgs) {
 	for s := 1; s < len(a.KOffHost) && c.err == nil; s++ {
 		if keys := int(a.KOffHost[s] - a.KOffHost[s-1]); keys > room {
 			c.fail("sequence %d has %d keys, its %d blocks of %d hold %d", s-1, keys, a.Blocks.Cols(), a.BlockSize, room)
+		} else if keys > 0 && a.K.Rows() == 0 { // nor can a device read another block in place of a bad one
+			c.fail("sequence %d has %d keys, K has no block", s-1, keys)
 		}
 	}
 }

@@ -155,6 +155,9 @@ func TestCheck(t *testing.T) {
 		{OpAttention, attention(func(a *AttentionArgs) { a.KOffHost[2] = 0 }), "KOffHost[2] is 0 after 1"},
 		{OpAttention, attention(func(a *AttentionArgs) { a.KOff, a.KOffHost = i32(2), []int32{0, 6} }), "KOffHost length: 2, want 3"},
 		{OpAttention, attention(func(a *AttentionArgs) { a.KOff = i32(2) }), "KOff elements: 2, want 3"},
+		{OpAttention, attention(func(a *AttentionArgs) { a.Blocks, a.BlockSize = i32(2, 3), 2 }), ""},
+		{OpAttention, attention(func(a *AttentionArgs) { a.Blocks, a.BlockSize = i32(2, 2), 2 }), "sequence 1 has 5 keys, its 2 blocks of 2 hold 4"},
+		{OpAttention, attention(func(a *AttentionArgs) { a.Blocks, a.BlockSize, a.K, a.V = i32(2, 3), 2, bf16(0, 8), bf16(0, 8) }), "sequence 1 has 5 keys, K has no block"},
 
 		{OpNorm, norm(func(a *NormArgs) {}), ""},
 		{OpNorm, norm(func(a *NormArgs) { a.Weight = f32(5) }), "Weight elements: 5"},
