@@ -112,6 +112,14 @@ func (d *Device) status(op engine.Op, s C.margo_status) error {
 	return d.errorf(op, kinds[s], "%s", cString(text))
 }
 
+// open reports that the device was closed.
+func (d *Device) open(op engine.Op) error {
+	if d.ctx == nil {
+		return d.errorf(op, engine.Invalid, "the device was closed")
+	}
+	return nil
+}
+
 // errorf makes an error that names the device.
 func (d *Device) errorf(op engine.Op, k engine.Kind, format string, args ...any) *engine.Error {
 	e := engine.Errorf(string(op), k, format, args...)

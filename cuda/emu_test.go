@@ -6,6 +6,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"strconv"
 	"strings"
 	"testing"
@@ -266,5 +267,69 @@ func TestTrace(t *testing.T) {
 	}
 	if want := regexp.MustCompile(`^kernel fill grid=\d+,\d+,1 block=\d+,\d+,1 smem=0 stream=\d+\nkernel fill .*\nkernel gated_add grid=`); !want.Match(text) {
 		t.Errorf("trace is\n%s", text)
+	}
+}
+
+// TestCaptureThread: a capture ends on the thread that began it, wherever Go would go on.
+func TestCaptureThread(t *testing.T) {
+	d := testDevice(t)
+	s, err := d.NewStream()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	b, err := d.Alloc(4 * 64)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer b.Free()
+	x := engine.NewTensor(b, 0, engine.F32, 64)
+	for range 20 {
+		over := make(chan bool)
+		g, err := s.Capture(func() error {
+			resume := make(chan bool)
+			go func() { // takes a thread for itself: the one of who waits, as a rule
+				runtime.LockOSThread()
+				resume <- true
+				<-over
+			}()
+			<-resume
+			return s.Fill(x, 1)
+		})
+		close(over)
+		if err == nil {
+			err = errors.Join(s.Launch(g), s.Sync(), g.Close())
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestAfterClose: what belongs to a closed device refuses, whatever is called.
+func TestAfterClose(t *testing.T) {
+	d, err := Open("emu:0", Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := d.NewStream()
+	if err != nil {
+		t.Fatal(err)
+	}
+	g, err := s.Capture(func() error { return nil })
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	_, alloc := d.Alloc(1)
+	_, stream := d.NewStream()
+	_, record := s.Record()
+	for _, err := range []error{alloc, stream, record, s.Sync(), s.Launch(g), g.Close(), s.Close()} {
+		wantError(t, "a closed device", err, engine.Invalid, "the device was closed")
+	}
+	if err := errors.Join(g.Close(), s.Close()); err != nil {
+		t.Errorf("closed twice: %v", err)
 	}
 }

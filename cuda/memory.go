@@ -200,6 +200,9 @@ func (d *Device) alloc(op engine.Op, bytes int, what string) (*buffer, error) {
 	if bytes < 0 {
 		return nil, d.errorf(op, engine.Invalid, "%d bytes", bytes)
 	}
+	if err := d.open(op); err != nil {
+		return nil, err
+	}
 	b := &buffer{dev: d, bytes: bytes}
 	if err := d.status(op, C.m_alloc(d.p.api, d.ctx, C.uint64_t(bytes), &b.addr)); err != nil {
 		return nil, err

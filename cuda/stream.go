@@ -4,6 +4,7 @@ package cuda
 import "C"
 
 import (
+	"runtime"
 	"unsafe"
 
 	"margo/engine"
@@ -23,6 +24,9 @@ var _ engine.Stream = (*Stream)(nil)
 
 // NewStream makes a stream.
 func (d *Device) NewStream() (engine.Stream, error) {
+	if err := d.open("new stream"); err != nil {
+		return nil, err
+	}
 	s := &Stream{Unimplemented: engine.Unimplemented{DeviceName: d.name}, dev: d}
 	if err := d.status("new stream", C.m_stream_create(d.p.api, d.ctx, &s.s)); err != nil {
 		return nil, err
@@ -47,6 +51,9 @@ func (s *Stream) Device() engine.Device { return s.dev }
 func (s *Stream) ready(op engine.Op, check error) error {
 	if s.s == nil {
 		return s.dev.errorf(op, engine.Invalid, "stream is closed")
+	}
+	if err := s.dev.open(op); err != nil {
+		return err
 	}
 	return s.dev.named(check)
 }
@@ -184,7 +191,10 @@ func (e *event) Close() error {
 	if e.e == nil {
 		return nil
 	}
-	err := e.dev.status("close event", C.m_event_destroy(e.dev.p.api, e.e))
+	err := e.dev.open("close event")
+	if err == nil {
+		err = e.dev.status("close event", C.m_event_destroy(e.dev.p.api, e.e))
+	}
 	e.e = nil
 	return err
 }
@@ -236,7 +246,10 @@ func (g *graph) Close() error {
 	if g.g == nil {
 		return nil
 	}
-	err := g.dev.status("close graph", C.m_graph_destroy(g.dev.p.api, g.g))
+	err := g.dev.open("close graph")
+	if err == nil {
+		err = g.dev.status("close graph", C.m_graph_destroy(g.dev.p.api, g.g))
+	}
 	g.g = nil
 	return err
 }
@@ -247,6 +260,9 @@ func (s *Stream) Capture(f func() error) (engine.Graph, error) {
 	if err := s.ready("capture", nil); err != nil {
 		return nil, err
 	}
+	// Its end has to come from the thread that began it.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
 	if err := s.dev.status("capture", C.m_capture_begin(s.dev.p.api, s.s)); err != nil {
 		return nil, err
 	}
@@ -288,6 +304,10 @@ func (s *Stream) Sync() error {
 func (s *Stream) Close() error {
 	if s.s == nil {
 		return nil
+	}
+	if err := s.dev.open("close stream"); err != nil { // its end is that of all its streams
+		s.s, s.work, s.cublasLt = nil, nil, nil
+		return err
 	}
 	err := s.dev.status("close stream", C.m_stream_destroy(s.dev.p.api, s.s))
 	s.s = nil

@@ -253,7 +253,7 @@ enum { MARGO_COMM_ID_BYTES = 128 };
 typedef struct margo_comm_args {
 	uint32_t size;
 	int32_t rank, ranks;
-	int32_t limit_ms; // to wait for the other ranks
+	int32_t limit_ms; // to wait for the other ranks, now and when a collective connects them
 	uint8_t id[MARGO_COMM_ID_BYTES]; // of comm_unique_id, the same on all ranks
 } margo_comm_args;
 
@@ -266,7 +266,7 @@ typedef struct margo_api {
 	// Devices. open fails with the reason in err; flags: bit 0 fills new memory with NaN.
 	margo_status (*device_count)(int32_t *n, char *err, size_t err_bytes);
 	margo_status (*open)(int32_t ordinal, uint32_t flags, margo_context **out, char *err, size_t err_bytes);
-	margo_status (*close)(margo_context *); // waits for the device
+	margo_status (*close)(margo_context *); // waits for the device; its streams are gone with it
 	margo_status (*info)(margo_context *, margo_info *out); // out->size is set by the caller
 	margo_status (*last_error)(margo_context *, char *out, size_t bytes);
 	margo_status (*counters)(margo_context *, margo_counters *out);

@@ -146,10 +146,13 @@ margo_status open(int32_t ordinal, uint32_t flags, margo_context **out, char *er
 	return MARGO_OK;
 }
 
+void drop_stream(margo_stream *);
+
 margo_status close(margo_context *c) {
 	Guard g(c);
 	cudaError_t e = cudaDeviceSynchronize();
 	for (auto &r : c->releases) r();
+	while (!c->streams.empty()) drop_stream(c->streams.back());
 	pool_close(c);
 	cudaStreamDestroy(c->fill_stream);
 	cudaFree(c->device_error);
@@ -266,23 +269,6 @@ margo_status host_free(margo_context *c, void *p) {
 
 // ---- streams -------------------------------------------------------------------
 
-margo_status stream_create(margo_context *c, margo_stream **out) {
-	Guard g(c);
-	auto *st = new (std::nothrow) margo_stream{c};
-	if (!st) return fail(c, MARGO_OUT_OF_MEMORY, "a stream");
-	margo_status s = check(c, cudaStreamCreateWithFlags(&st->s, cudaStreamNonBlocking), "making a stream");
-	if (s == MARGO_OK) s = pool_new_stream(c, st->s);
-	if (s != MARGO_OK) {
-		if (st->s) cudaStreamDestroy(st->s);
-		delete st;
-		return s;
-	}
-	std::lock_guard<std::mutex> lock(c->capture_mu);
-	c->streams.push_back(st);
-	*out = st;
-	return MARGO_OK;
-}
-
 void drop_staging(margo_stream *st) {
 	for (auto &slot : st->slots) {
 		if (slot.done) cudaEventDestroy(slot.done);
@@ -291,18 +277,43 @@ void drop_staging(margo_stream *st) {
 	}
 }
 
+// drop_stream gives all of a stream back, which has no work.
+void drop_stream(margo_stream *st) {
+	{
+		std::lock_guard<std::mutex> lock(st->ctx->capture_mu);
+		std::erase(st->ctx->streams, st);
+	}
+	if (st->before_capture) cudaEventDestroy(st->before_capture);
+	drop_staging(st);
+	if (st->s) cudaStreamDestroy(st->s);
+	delete st;
+}
+
+margo_status stream_create(margo_context *c, margo_stream **out) {
+	Guard g(c);
+	auto *st = new (std::nothrow) margo_stream{c};
+	if (!st) return fail(c, MARGO_OUT_OF_MEMORY, "a stream");
+	margo_status s = check(c, cudaStreamCreateWithFlags(&st->s, cudaStreamNonBlocking), "making a stream");
+	if (s == MARGO_OK) {
+		{ // before it is told what to wait for: memory that another thread reuses meanwhile it waits for as all streams do
+			std::lock_guard<std::mutex> lock(c->capture_mu);
+			c->streams.push_back(st);
+		}
+		s = pool_new_stream(c, st->s);
+	}
+	if (s != MARGO_OK) {
+		drop_stream(st);
+		return s;
+	}
+	*out = st;
+	return MARGO_OK;
+}
+
 margo_status stream_destroy(margo_stream *st) {
 	margo_context *c = st->ctx;
 	Guard g(c);
 	margo_status s = check(c, cudaStreamSynchronize(st->s), "closing a stream");
-	{
-		std::lock_guard<std::mutex> lock(c->capture_mu);
-		std::erase(c->streams, st);
-	}
-	if (st->before_capture) cudaEventDestroy(st->before_capture);
-	drop_staging(st);
-	cudaStreamDestroy(st->s);
-	delete st;
+	drop_stream(st);
 	return s;
 }
 
@@ -437,6 +448,10 @@ margo_status copy_in(margo_stream *st, uint64_t dst, const void *src, uint64_t b
 	if (st->capturing) return fail(c, MARGO_INVALID, "copy in: stream is capturing");
 	auto *to = reinterpret_cast<char *>(uintptr_t(dst));
 	auto *from = static_cast<const char *>(src);
+	struct Busy { // also when a later part fails
+		margo_stream *st;
+		~Busy() { st->busy.store(true); }
+	} busy{st};
 	for (uint64_t done = 0; done < bytes;) {
 		auto &slot = st->slots[st->next_slot];
 		st->next_slot ^= 1;
@@ -455,7 +470,6 @@ margo_status copy_in(margo_stream *st, uint64_t dst, const void *src, uint64_t b
 		MARGO_TRY(check(c, cudaEventRecord(slot.done, st->s), "copy in"));
 		done += n;
 	}
-	st->busy.store(true);
 	std::lock_guard<std::mutex> lock(c->mu);
 	c->counters.copies_in++;
 	c->counters.bytes_in += bytes;

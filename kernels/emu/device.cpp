@@ -60,6 +60,7 @@ void read_settings() {
 	v.run = number("MARGO_EMU_RUN", 1) != 0;
 	v.fail_alloc = number("MARGO_EMU_FAIL_ALLOC", -1);
 	v.lose_device = number("MARGO_EMU_LOSE_DEVICE", -1);
+	v.slow_record = number("MARGO_EMU_SLOW_RECORD", 0);
 	if (const char *t = getenv("MARGO_EMU_TRACE")) v.trace = t;
 	if (const char *t = getenv("MARGO_EMU_REPORT")) v.report = t;
 	if (check::on) v.threads = 1; // its clocks are those of one worker
@@ -148,6 +149,7 @@ const char *cudaGetErrorName(cudaError_t e) {
 	NAME(cudaErrorStreamCaptureUnmatched);
 	NAME(cudaErrorStreamCaptureUnjoined);
 	NAME(cudaErrorStreamCaptureIsolation);
+	NAME(cudaErrorStreamCaptureWrongThread);
 	NAME(cudaErrorUnknown);
 #undef NAME
 	}
@@ -181,6 +183,7 @@ const char *cudaGetErrorString(cudaError_t e) {
 	case cudaErrorStreamCaptureUnmatched: return "capture was not initiated in this stream";
 	case cudaErrorStreamCaptureUnjoined: return "capture sequence contains unjoined work";
 	case cudaErrorStreamCaptureIsolation: return "dependency created on uncaptured work in another stream";
+	case cudaErrorStreamCaptureWrongThread: return "attempt to terminate a thread-local capture sequence from another thread";
 	case cudaErrorUnknown: return "unknown error";
 	}
 	return "unrecognized error code";

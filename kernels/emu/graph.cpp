@@ -42,7 +42,7 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t p, cudaStreamCaptureMode mode) {
 	if (!s) return note(cudaErrorInvalidResourceHandle);
 	if (!p || s->capture) return note(cudaErrorStreamCaptureUnsupported); // the null stream cannot be captured
 	auto c = std::make_shared<Capture>();
-	c->graph = std::make_shared<emu_graph>(), c->origin = s.get(), c->mode = mode;
+	c->graph = std::make_shared<emu_graph>(), c->origin = s.get(), c->mode = mode, c->thread = std::this_thread::get_id();
 	c->streams.push_back(s);
 	s->capture = c, s->frontier.clear();
 	return cudaSuccess;
@@ -58,6 +58,7 @@ cudaError_t cudaStreamEndCapture(cudaStream_t p, cudaGraph_t *out) {
 	auto c = s->capture;
 	if (c->origin != s.get()) return note(cudaErrorStreamCaptureUnmatched);
 	if (e == cudaSuccess) e = c->invalid ? cudaErrorStreamCaptureInvalidated : joined(*c) ? cudaSuccess : cudaErrorStreamCaptureUnjoined;
+	if (c->mode != cudaStreamCaptureModeRelaxed && c->thread != std::this_thread::get_id()) e = cudaErrorStreamCaptureWrongThread;
 	for (auto &o : c->streams) o->capture = nullptr, o->frontier.clear();
 	for (auto &ev : state().events)
 		if (ev.second->capture == c) ev.second->capture = nullptr, ev.second->nodes.clear();

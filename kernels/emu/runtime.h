@@ -52,6 +52,7 @@ enum cudaError_t {
 	cudaErrorStreamCaptureUnmatched = 903,
 	cudaErrorStreamCaptureUnjoined = 904,
 	cudaErrorStreamCaptureIsolation = 905,
+	cudaErrorStreamCaptureWrongThread = 908,
 	cudaErrorUnknown = 999,
 };
 

@@ -7,6 +7,7 @@
 #include <deque>
 #include <map>
 #include <memory>
+#include <thread>
 
 #include "internal.h"
 
@@ -43,6 +44,7 @@ struct Capture {
 	emu_stream *origin;
 	std::vector<std::shared_ptr<emu_stream>> streams;
 	cudaStreamCaptureMode mode;
+	std::thread::id thread; // that began it
 	bool invalid = false;
 };
 
@@ -62,7 +64,7 @@ struct Settings { // from the environment
 	size_t memory = size_t(8) << 30;
 	uint64_t seed = 0;
 	bool run = true; // kernels; else they are checked and counted when launched, and memory stays poisoned
-	int64_t fail_alloc = -1, lose_device = -1;
+	int64_t fail_alloc = -1, lose_device = -1, slow_record = 0;
 	std::string trace, report;
 };
 

@@ -225,19 +225,19 @@ thread_local cudaStreamCaptureMode thread_mode = cudaStreamCaptureModeGlobal;
 
 cudaError_t unsafe_in_capture() {
 	if (thread_mode == cudaStreamCaptureModeRelaxed) return cudaSuccess;
+	cudaError_t e = cudaSuccess;
 	for (auto &s : state().streams)
-		if (s->capture && s->capture->mode == cudaStreamCaptureModeGlobal) {
+		if (s->capture && (s->capture->mode == cudaStreamCaptureModeGlobal || (s->capture->mode == cudaStreamCaptureModeThreadLocal && s->capture->thread == std::this_thread::get_id()))) {
 			s->capture->invalid = true;
-			return cudaErrorStreamCaptureUnsupported;
+			e = cudaErrorStreamCaptureUnsupported;
 		}
-	return cudaSuccess;
+	return e;
 }
 
 } // namespace emu
 
 using namespace emu;
 
-// A thread's own captures of the ThreadLocal mode are not held against it here, as a real runtime would.
 cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode *mode) {
 	std::swap(thread_mode, *mode);
 	return cudaSuccess;
@@ -350,7 +350,7 @@ cudaError_t cudaEventDestroy(cudaEvent_t ev) {
 }
 
 cudaError_t cudaEventRecord(cudaEvent_t ev, cudaStream_t p) {
-	std::lock_guard<std::mutex> lock(state().mu);
+	std::unique_lock<std::mutex> lock(state().mu);
 	cudaError_t e = usable();
 	if (e != cudaSuccess) return note(e);
 	auto s = find_stream(p);
@@ -366,6 +366,11 @@ cudaError_t cudaEventRecord(cudaEvent_t ev, cudaStream_t p) {
 	i.mark = ev->mark;
 	e = push(s, std::move(i));
 	ev->recorded = {s, s->enqueued};
+	if (const int64_t slow = state().settings.slow_record) { // other threads go on meanwhile
+		lock.unlock();
+		std::this_thread::sleep_for(std::chrono::milliseconds(slow));
+		lock.lock();
+	}
 	return note(e);
 }
 
