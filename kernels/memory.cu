@@ -6,7 +6,7 @@
 // waited for since their last work have no mark, so that freeing what a model held costs nothing. While a stream captures,
 // it can neither be marked nor made to wait: then the host waits.
 //
-// Sizes are rounded up to eight steps an octave, at least 256 bytes, so a buffer is at most an eighth larger than asked. The oldest
+// Sizes that can be cached are rounded up to eight steps an octave, at least 256 bytes, so a buffer is at most an eighth larger than asked. The oldest
 // are given back to the driver when more than the capacity is cached, and all before an allocation fails.
 // With capacity 0 nothing is cached or rounded: buffers end where they should, and a tool sees what is written behind.
 #include <algorithm>
@@ -29,10 +29,20 @@ struct Relaxed {
 };
 
 uint64_t rounded(uint64_t capacity, uint64_t bytes) {
-	if (capacity == 0) return std::max<uint64_t>(bytes, 1);
+	if (bytes > capacity || capacity == 0) return std::max<uint64_t>(bytes, 1);
 	uint64_t step = 256;
 	while (step * 16 <= bytes) step *= 2;
 	return std::max<uint64_t>((bytes + step - 1) / step * step, 256);
+}
+
+// mark_end makes a mark of what the stream has been given; none where that fails.
+margo_status mark_end(margo_context *c, cudaStream_t s, std::shared_ptr<margo_mark> &out) {
+	cudaEvent_t e = nullptr;
+	MARGO_TRY(check(c, cudaEventCreateWithFlags(&e, cudaEventDisableTiming), "making an event"));
+	auto m = std::make_shared<margo_mark>(e);
+	MARGO_TRY(check(c, cudaEventRecord(e, s), "recording an event"));
+	out = m;
+	return MARGO_OK;
 }
 
 // mark_streams marks the end of every stream that had work since it was marked or waited for.
@@ -44,13 +54,12 @@ margo_status mark_streams(margo_context *c, margo_marks &out) {
 		if (!capturing) {
 			if (c->fill_mark) out.push_back(c->fill_mark);
 			for (margo_stream *st : c->streams) {
-				if (st->busy.load()) {
-					cudaEvent_t e = nullptr;
-					MARGO_TRY(check(c, cudaEventCreateWithFlags(&e, cudaEventDisableTiming), "making an event"));
-					auto m = std::make_shared<margo_mark>(e);
-					MARGO_TRY(check(c, cudaEventRecord(e, st->s), "recording an event"));
-					st->busy.store(false);
-					st->mark = m;
+				// No more busy before the mark is made: what another thread enqueues just after it is work without a mark.
+				if (st->busy.exchange(false)) {
+					if (margo_status s = mark_end(c, st->s, st->mark); s != MARGO_OK) {
+						st->busy.store(true);
+						return s;
+					}
 				}
 				if (st->mark) out.push_back(st->mark);
 			}
@@ -83,12 +92,8 @@ margo_status poison(margo_context *c, void *p, uint64_t bytes, margo_marks &mark
 	std::lock_guard<std::mutex> lock(c->capture_mu);
 	for (auto &m : marks) MARGO_TRY(check(c, cudaStreamWaitEvent(c->fill_stream, m->e, 0), "filling memory"));
 	MARGO_TRY(check(c, cudaMemsetAsync(p, 0xff, bytes, c->fill_stream), "filling memory"));
-	cudaEvent_t e = nullptr;
-	MARGO_TRY(check(c, cudaEventCreateWithFlags(&e, cudaEventDisableTiming), "making an event"));
-	auto m = std::make_shared<margo_mark>(e);
-	MARGO_TRY(check(c, cudaEventRecord(e, c->fill_stream), "recording an event"));
-	c->fill_mark = m;
-	marks = {m};
+	MARGO_TRY(mark_end(c, c->fill_stream, c->fill_mark));
+	marks = {c->fill_mark};
 	return MARGO_OK;
 }
 
@@ -146,15 +151,19 @@ margo_status out_of_memory(margo_context *c, uint64_t bytes, uint64_t given) {
 
 // fresh takes a block from the driver.
 margo_status fresh(margo_context *c, uint64_t bytes, margo_block &b) {
-	auto reserve = [&](margo_pool &p) { return !p.limit || (b.size <= p.limit && p.taken <= p.limit - b.size); };
 	uint64_t given = 0;
-	MARGO_TRY(shrink(c, &given, reserve));
-	{
+	bool reserved = false; // by the look that finds room, since others allocate too
+	margo_status shrunk = shrink(c, &given, [&](margo_pool &p) {
+		if (p.limit && (b.size > p.limit || p.taken > p.limit - b.size)) return false;
+		p.taken += b.size;
+		return reserved = true;
+	});
+	if (shrunk != MARGO_OK) {
 		std::lock_guard<std::mutex> lock(c->pool.mu);
-		if (!reserve(c->pool)) b.size = 0;
-		c->pool.taken += b.size;
+		if (reserved) c->pool.taken -= b.size;
+		return shrunk;
 	}
-	if (!b.size) return out_of_memory(c, bytes, given);
+	if (!reserved) return out_of_memory(c, bytes, given);
 	cudaError_t e = cudaMalloc(&b.p, b.size);
 	if (e == cudaErrorMemoryAllocation) {
 		cudaGetLastError();
@@ -310,6 +319,7 @@ margo_status pinned_take(margo_context *c, uint64_t bytes, void **out, uint64_t 
 			return MARGO_OK;
 		}
 	}
+	Relaxed relaxed;
 	MARGO_TRY(check(c, cudaHostAlloc(out, size, cudaHostAllocDefault), "allocating pinned memory"));
 	*got = size;
 	std::lock_guard<std::mutex> lock(c->pool.mu);
@@ -327,5 +337,6 @@ void pinned_give(margo_context *c, void *p, uint64_t size) {
 		}
 		c->pool.pinned_bytes -= size;
 	}
+	Relaxed relaxed;
 	cudaFreeHost(p);
 }
