@@ -36,7 +36,8 @@ type Rendezvous interface {
 //
 // NCCL does not notice when ranks disagree, and waits for ever for a rank that does not
 // come. So before each call the ranks agree about it over the Rendezvous, one round trip
-// to rank 0, and the call returns when the device has done it, or after the time limit.
+// to rank 0, and the call returns when the device has done it, or after the time limit,
+// where ranks connect at their first call twice that.
 // A stream that captures is refused. A mistake of this rank alone (a tensor of another
 // device, say) is an error of kind Invalid before anybody else hears of it.
 type Comm struct {

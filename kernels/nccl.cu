@@ -98,6 +98,7 @@ struct margo_comm {
 	cudaEvent_t done = nullptr;
 	int rank = 0, ranks = 0;
 	bool pending = false; // something was enqueued since the last wait
+	std::chrono::milliseconds limit{}; // for NCCL to connect ranks, which it may do at their first collective
 };
 
 namespace {
@@ -130,8 +131,6 @@ margo_status settle(margo_comm *m, const char *what, Clock::time_point end) {
 	}
 }
 
-constexpr int kEnqueueSeconds = 60; // for NCCL to enqueue, where it connects ranks at first
-
 // collective enqueues call(lib, address, count, type) for each tensor.
 template <class Call> margo_status collective(margo_stream *st, margo_comm *m, const char *what, int64_t n, const margo_mat *t, Call &&call) {
 	margo_context *c = st->ctx;
@@ -157,7 +156,7 @@ template <class Call> margo_status collective(margo_stream *st, margo_comm *m, c
 	ncclResult_t ended = l.ncclGroupEnd();
 	if (r == ncclSuccess || r == ncclInProgress) r = ended;
 	if (r != ncclSuccess && r != ncclInProgress) return broken(m, what, reason(l, m->c, r));
-	MARGO_TRY(settle(m, what, Clock::now() + std::chrono::seconds(kEnqueueSeconds)));
+	MARGO_TRY(settle(m, what, Clock::now() + m->limit));
 	m->pending = true;
 	return check(c, cudaEventRecord(m->done, st->s), what);
 }
@@ -189,7 +188,7 @@ margo_status comm_init(margo_context *c, const margo_comm_args *a, margo_comm **
 	if (std::string why = usable(*l); !why.empty()) return fail(c, MARGO_UNSUPPORTED, "%s", why.c_str());
 	auto *m = new (std::nothrow) margo_comm{c, l};
 	if (!m) return fail(c, MARGO_OUT_OF_MEMORY, "a communicator");
-	m->rank = a->rank, m->ranks = a->ranks;
+	m->rank = a->rank, m->ranks = a->ranks, m->limit = std::chrono::milliseconds(a->limit_ms);
 	ncclUniqueId id;
 	memcpy(&id, a->id, sizeof id);
 	ncclConfig_t config;
@@ -199,7 +198,7 @@ margo_status comm_init(margo_context *c, const margo_comm_args *a, margo_comm **
 		if (r != ncclSuccess && r != ncclInProgress)
 			s = broken(m, "meeting the other ranks", reason(*l, m->c, r));
 		else
-			s = settle(m, "meeting the other ranks", Clock::now() + std::chrono::milliseconds(a->limit_ms));
+			s = settle(m, "meeting the other ranks", Clock::now() + m->limit);
 	}
 	if (s != MARGO_OK) {
 		comm_close(m);
