@@ -179,7 +179,9 @@ margo_status candidates(margo_context *c, margo_cublaslt *l, Product *p, int32_t
 	lt::Result found[kCandidates];
 	int32_t got = 0;
 	lt::Status s = f.MatmulAlgoGetHeuristic(l->handle, p->desc, p->a, p->b, p->c, p->d, pref.p, asked, found, &got);
-	if (s == lt::NOT_SUPPORTED) return MARGO_OK;
+	// A combination of types that the library may not know is no mistake of ours, however it is refused.
+	const bool odd = p->chosen.bias && p->chosen.y_dtype == MARGO_BF16;
+	if (s == lt::NOT_SUPPORTED || (odd && s == lt::INVALID_VALUE)) return MARGO_OK;
 	LT_TRY(s, "cublasLtMatmulAlgoGetHeuristic");
 	for (int32_t i = 0; i < got; i++)
 		if (found[i].state == lt::SUCCESS && found[i].workspace <= limit) out->push_back(found[i]);
