@@ -32,7 +32,7 @@ The sides of a case take turns; --interleave lets all cases do so, which compare
 
 "peak share" is the speed reached over the fastest matrix product measured here, before the first case and after each. It counts the arithmetic of the authors' algorithm for every side, so work that margo avoids counts as done; "own TFLOP" is what margo really executes.
 
-A case whose weights and activations do not fit into the free memory is refused before anything is measured. Measure on a machine that does nothing else. Ctrl-C stops, PyTorch too, and still reports the cases that are complete; so does a case that fails.
+A case whose weights and activations do not fit into the free memory is refused before anything is measured; what a peer takes is not counted. Measure on a machine that does nothing else. Ctrl-C stops, PyTorch too, and still reports the cases that are complete; so does a case that fails.
 
 Examples:
   margo bench --subset 8

@@ -52,7 +52,7 @@ func (j *benchJob) checkMemory(subjects []*subject, free int64) error {
 
 // memory lays a model and its cases out on a device that only counts.
 func (j *benchJob) memory(s *subject, d engine.DType, cases []bench.Case) (needs []benchNeed, err error) {
-	dev := plan.New(0)
+	dev := plan.Like(j.dev.Info())
 	own := &bench.Margo{Device: dev, DType: d, Work: s.work}
 	var tok tokenizer.Tokenizer
 	if s.kl != nil && (s.kind == bench.KindTokenizer || s.work.Decode) {

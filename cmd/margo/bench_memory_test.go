@@ -11,6 +11,13 @@ import (
 	"margo/engine"
 )
 
+// gpu is a device that wants as much work at a time as a GPU does.
+type gpu struct{ engine.Device }
+
+func (g gpu) Info() engine.Info {
+	return engine.Info{Name: "gpu", WorkingSet: 4 << 30, OwnMemory: true}
+}
+
 // A case that does not fit is refused by name and with the sizes, before anything is loaded.
 func TestBenchMemory(t *testing.T) {
 	dev, err := cpu.New(cpu.Options{Threads: 1})
@@ -70,4 +77,22 @@ func TestBenchMemory(t *testing.T) {
 	refused(most-1, "the case mar-base 4×4 f32 batch 4: ")
 	flags.Set("interleave", "true")
 	refused(most, "with --interleave", "the case kl-16 decode f32 batch ")
+
+	// A GPU takes 64 images through the trunk at once, a CPU in ten groups.
+	j.batches = []int{64}
+	if cases, err = j.cases(subjects[0], engine.F32); err != nil {
+		t.Fatal(err)
+	}
+	small, err := j.memory(subjects[0], engine.F32, cases)
+	if err != nil {
+		t.Fatal(err)
+	}
+	j.dev = gpu{dev}
+	large, err := j.memory(subjects[0], engine.F32, cases)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if a, b := small[0].activity, large[0].activity; b < 4*a {
+		t.Errorf("a CPU needs %d bytes for 64 images, a GPU %d", a, b)
+	}
 }

@@ -20,7 +20,7 @@ func (j *job) checkMemory(batchGiven bool, dev engine.Device, encode bool, outpu
 	}
 	asked := j.batch
 	for {
-		need, err := j.memory(encode)
+		need, err := j.memory(dev.Info(), encode)
 		if err != nil {
 			return err
 		}
@@ -43,9 +43,9 @@ func (j *job) checkMemory(batchGiven bool, dev engine.Device, encode bool, outpu
 	}
 }
 
-// memory is what the job takes at most.
-func (j *job) memory(encode bool) (int64, error) {
-	dev := plan.New(0)
+// memory is what the job takes at most, on a device like this.
+func (j *job) memory(like engine.Info, encode bool) (int64, error) {
+	dev := plan.Like(like)
 	m, err := newGenerator(j.info)
 	if err != nil {
 		return 0, err

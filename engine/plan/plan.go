@@ -19,6 +19,7 @@ import (
 // goroutine.
 type Device struct {
 	limit int64
+	like  engine.Info // what models ask a device about, see Like
 	mu    sync.Mutex
 	r     Report
 }
@@ -29,6 +30,15 @@ func New(limit int64) *Device {
 	return &Device{limit: limit, r: Report{Ops: map[engine.Op]Total{}}}
 }
 
+// Like makes a plan without a limit for a device with this Info. Models lay their work
+// out by what WorkingSet and OwnMemory say: a plan of New's counts the groups of a CPU, which are
+// gigabytes smaller than a GPU's.
+func Like(i engine.Info) *Device {
+	d := New(0)
+	d.like = engine.Info{WorkingSet: i.WorkingSet, OwnMemory: i.OwnMemory}
+	return d
+}
+
 // Name is "plan".
 func (d *Device) Name() string { return "plan" }
 
@@ -36,7 +46,8 @@ func (d *Device) Name() string { return "plan" }
 func (d *Device) Info() engine.Info {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	i := engine.Info{Name: "plan", Model: "counts, computes nothing", Arch: "none", Threads: 1, MemTotal: d.limit}
+	i := d.like
+	i.Name, i.Model, i.Arch, i.Threads, i.MemTotal = "plan", "counts, computes nothing", "none", 1, d.limit
 	if d.limit > 0 {
 		i.MemFree = d.limit - d.r.Live
 	}
