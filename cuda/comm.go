@@ -260,10 +260,10 @@ func (c *Comm) breakUp(err error) error {
 }
 
 func (c *Comm) hangUp() {
-	if c.c != nil {
+	if c.c != nil && c.dev.open("ranks") == nil { // of a device that was closed nothing may be touched
 		C.m_comm_close(c.dev.p.api, c.c)
-		c.c = nil
 	}
+	c.c = nil
 }
 
 // Close leaves the group: the others learn of it in their next call.
