@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"math"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -51,12 +50,7 @@ func commDevices(t *testing.T, n int) []*Device {
 // agree about calls before NCCL hears of them.
 func asComm(t *testing.T, devices []*Device, limit time.Duration, heard bool, f func(c *Comm, s *Stream) error) []error {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	addr := l.Addr().String()
-	l.Close()
+	addr := freeAddr(t)
 	errs := make([]error, len(devices))
 	var wg sync.WaitGroup
 	for r, d := range devices {
@@ -219,12 +213,7 @@ func TestCommProcesses(t *testing.T) {
 		}
 		return
 	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	addr := l.Addr().String()
-	l.Close()
+	addr := freeAddr(t)
 	dir := t.TempDir()
 	var wg sync.WaitGroup
 	for r := range 2 {

@@ -10,13 +10,15 @@ import (
 
 // testDevice opens the device that the tests run on: the emulator, or what
 // MARGO_CUDA_TEST_DEVICE names ("cuda:0" on a machine with a GPU).
-func testDevice(t *testing.T) *Device {
+func testDevice(t *testing.T) *Device { return openDevice(t, Options{Poison: true}) }
+
+func openDevice(t *testing.T, o Options) *Device {
 	t.Helper()
 	name := os.Getenv("MARGO_CUDA_TEST_DEVICE")
 	if name == "" {
 		name = "emu:0"
 	}
-	d, err := Open(name, Options{Poison: true})
+	d, err := Open(name, o)
 	if err != nil {
 		t.Fatal(err)
 	}

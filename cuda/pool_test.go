@@ -2,7 +2,6 @@ package cuda
 
 import (
 	"errors"
-	"os"
 	"slices"
 	"testing"
 	"time"
@@ -11,31 +10,12 @@ import (
 	"margo/engine/conformance"
 )
 
-// pooled opens the device with a cache of freed memory, which an emulated device has only if it is asked for.
-func pooled(t *testing.T, o Options) *Device {
-	t.Helper()
-	name := os.Getenv("MARGO_CUDA_TEST_DEVICE")
-	if name == "" {
-		name = "emu:0"
-	}
-	d, err := Open(name, o)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := d.Close(); err != nil {
-			t.Error(err)
-		}
-	})
-	return d
-}
-
 const mebi = 1 << 20
 
 // TestPoolReuses: freed memory of a size serves the next of about that size; the counters say so, and what is
 // cached is given back when there is too much of it, or on demand.
 func TestPoolReuses(t *testing.T) {
-	d := pooled(t, Options{Cache: 10 * mebi})
+	d := openDevice(t, Options{Cache: 10 * mebi})
 	took := func(n int) engine.Buffer {
 		t.Helper()
 		b, err := d.Alloc(n)
@@ -80,7 +60,7 @@ func TestPoolReuses(t *testing.T) {
 // one that is made later, until the first has done its work. On the emulator a stream runs only when it is waited
 // for, or what others wait for: without the order the first stream would come last.
 func TestPoolOrder(t *testing.T) {
-	d := pooled(t, Options{Cache: 64 * mebi})
+	d := openDevice(t, Options{Cache: 64 * mebi})
 	stream := func() engine.Stream {
 		t.Helper()
 		s, err := d.NewStream()
@@ -185,7 +165,7 @@ func TestPoolOrder(t *testing.T) {
 func TestPoolMarkedWhileEnqueuing(t *testing.T) {
 	emulatorOnly(t)
 	t.Setenv("MARGO_EMU_SLOW_RECORD", "60") // milliseconds, after the mark was made
-	d := pooled(t, Options{Cache: 64 * mebi})
+	d := openDevice(t, Options{Cache: 64 * mebi})
 	tensor := func(rows int) *engine.Tensor {
 		t.Helper()
 		b, err := d.Alloc(4 * 64 * rows)
@@ -237,7 +217,7 @@ func TestPoolMarkedWhileEnqueuing(t *testing.T) {
 // TestPoolLimit: the limit and the device's own memory are kept, what is cached goes before an allocation fails, and the
 // failure says what was asked, held, cached and free.
 func TestPoolLimit(t *testing.T) {
-	d := pooled(t, Options{Limit: 10 * mebi, Cache: 8 * mebi})
+	d := openDevice(t, Options{Limit: 10 * mebi, Cache: 8 * mebi})
 	var bs []engine.Buffer
 	take := func(n int) {
 		t.Helper()
@@ -283,11 +263,11 @@ func TestPoolLimit(t *testing.T) {
 func TestPoolEnvironment(t *testing.T) {
 	t.Setenv("MARGO_CUDA_MEMORY", "1.5MiB")
 	t.Setenv("MARGO_CUDA_CACHE", "64KiB")
-	d := pooled(t, Options{})
+	d := openDevice(t, Options{})
 	if c := d.Counters(); c.Limit != 3*mebi/2 || c.Cache != 64<<10 {
 		t.Errorf("limit %d, cache %d", c.Limit, c.Cache)
 	}
-	if d := pooled(t, Options{Limit: mebi, Cache: -1}); d.Counters().Limit != mebi || d.Counters().Cache != 0 {
+	if d := openDevice(t, Options{Limit: mebi, Cache: -1}); d.Counters().Limit != mebi || d.Counters().Cache != 0 {
 		t.Errorf("options: %+v", d.Counters())
 	}
 	for _, bad := range []string{"much", "-1", "1e30", "NaN", "5 MB"} {
@@ -302,7 +282,7 @@ func TestPoolEnvironment(t *testing.T) {
 func TestPoolMemoryTaken(t *testing.T) {
 	emulatorOnly(t)
 	t.Setenv("MARGO_EMU_MEMORY", "33554432")
-	d := pooled(t, Options{Cache: 32 * mebi})
+	d := openDevice(t, Options{Cache: 32 * mebi})
 	one, err := d.Alloc(12 * mebi)
 	if err != nil {
 		t.Fatal(err)
@@ -360,7 +340,7 @@ func TestPoolSampling(t *testing.T) {
 
 // TestPoolPinned: staging memory of closed streams serves the next ones.
 func TestPoolPinned(t *testing.T) {
-	d := pooled(t, Options{})
+	d := openDevice(t, Options{})
 	b, err := d.Alloc(mebi)
 	if err != nil {
 		t.Fatal(err)
