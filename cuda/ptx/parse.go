@@ -81,8 +81,13 @@ func Parse(text string) (*Module, error) {
 		case strings.Contains(line, ".entry "):
 			name := line[strings.Index(line, ".entry ")+7:]
 			name = strings.TrimSpace(strings.TrimRight(name, "( )"))
-			from := i
-			for ; i < len(m.lines) && strings.TrimRight(m.lines[i], " \r") != "}"; i++ {
+			from, depth := i, 0
+			for ; i < len(m.lines); i++ { // inner blocks are indented by nvcc, and not by cuobjdump
+				code, _, _ := strings.Cut(m.lines[i], "//")
+				depth += strings.Count(code, "{") - strings.Count(code, "}")
+				if depth == 0 && strings.Contains(code, "}") {
+					break
+				}
 			}
 			if i == len(m.lines) {
 				return nil, fmt.Errorf("ptx: line %d: kernel %s has no end", from+1, name)

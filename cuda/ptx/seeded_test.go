@@ -59,20 +59,21 @@ func TestSeededBugsInKernels(t *testing.T) {
 		t.Run(bug.file+"/"+bug.what, func(t *testing.T) {
 			t.Parallel()
 			text := compiled(t, bug.file)
+			whole := parsed(t, text)
 			var name string
-			for _, n := range parsed(t, text).Kernels() {
+			for _, n := range whole.Kernels() {
 				if strings.Contains(n, bug.kernel) {
 					name = n
 				}
 			}
-			from := strings.Index(text, ".entry "+name)
-			if name == "" || from < 0 {
+			if name == "" {
 				t.Fatalf("no kernel %s", bug.kernel)
 			}
-			end := from + strings.Index(text[from:], "\n}\n")
+			span := whole.entries[name]
+			kernel := strings.Join(whole.lines[span[0]:span[1]], "\n")
 			re, left := regexp.MustCompile(bug.pattern), bug.count
 			changed := 0
-			body := re.ReplaceAllStringFunc(text[from:end], func(s string) string {
+			body := re.ReplaceAllStringFunc(kernel, func(s string) string {
 				if left--; bug.count > 0 && left < 0 {
 					return s
 				}
@@ -82,7 +83,7 @@ func TestSeededBugsInKernels(t *testing.T) {
 			if changed == 0 || bug.count > 0 && changed != bug.count {
 				t.Fatalf("%s is %d times in %s", bug.pattern, changed, name)
 			}
-			m := parsed(t, text[:from]+body+text[end:])
+			m := parsed(t, strings.Replace(text, kernel, body, 1))
 			r, done := &recorder{TB: t}, make(chan bool)
 			go func() {
 				defer close(done)
