@@ -4,6 +4,7 @@ package cuda
 import "C"
 
 import (
+	"encoding/binary"
 	"fmt"
 	"strings"
 	"time"
@@ -62,7 +63,7 @@ func NCCLVersion(kind string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	return fmt.Sprintf("%d.%d.%d", v/10000, v/100%100, v%100), nil
+	return versionText(uint64(v)), nil
 }
 
 func (p *plugin) ncclVersion() (int, error) {
@@ -149,15 +150,13 @@ func (d *Device) NewComm(meet Rendezvous, limit time.Duration) (*Comm, error) {
 // everyRanks collects a number from every rank.
 func everyRanks(meet Rendezvous, mine int) ([]int, error) {
 	data := make([]byte, 4*meet.Size())
-	put := data[4*meet.Rank():]
-	put[0], put[1], put[2], put[3] = byte(mine), byte(mine>>8), byte(mine>>16), byte(mine>>24)
+	binary.LittleEndian.PutUint32(data[4*meet.Rank():], uint32(mine))
 	if err := meet.SumBytes(engine.I32, data); err != nil {
 		return nil, err
 	}
 	all := make([]int, meet.Size())
 	for r := range all {
-		b := data[4*r:]
-		all[r] = int(b[0]) | int(b[1])<<8 | int(b[2])<<16 | int(b[3])<<24
+		all[r] = int(binary.LittleEndian.Uint32(data[4*r:]))
 	}
 	return all, nil
 }

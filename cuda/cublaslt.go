@@ -95,7 +95,7 @@ func cublasLtUse() (string, error) {
 	}
 }
 
-// version is 131000 as 13.10.0.
+// versionText is a version of cuBLASLt or NCCL as NVIDIA writes it: 131000 is 13.10.0.
 func versionText(v uint64) string { return fmt.Sprintf("%d.%d.%d", v/10000, v/100%100, v%100) }
 
 // openCuBLASLt turns cuBLASLt on if the environment asks for it.

@@ -97,16 +97,22 @@ margo_status poison(margo_context *c, void *p, uint64_t bytes, margo_marks &mark
 	return MARGO_OK;
 }
 
+// take_front takes the first block of a size out of the cache. Called with the pool's mutex.
+margo_block take_front(margo_pool &pool, decltype(margo_pool::cached)::iterator at) {
+	margo_block b = std::move(at->second.front());
+	at->second.pop_front();
+	if (at->second.empty()) pool.cached.erase(at);
+	pool.cached_bytes -= b.size;
+	return b;
+}
+
 // oldest takes the cached block that was freed first out of the pool. Called with its mutex.
 bool oldest(margo_pool &pool, margo_block &out) {
 	auto at = pool.cached.end();
 	for (auto it = pool.cached.begin(); it != pool.cached.end(); ++it)
 		if (at == pool.cached.end() || it->second.front().age < at->second.front().age) at = it;
 	if (at == pool.cached.end()) return false;
-	out = std::move(at->second.front());
-	at->second.pop_front();
-	if (at->second.empty()) pool.cached.erase(at);
-	pool.cached_bytes -= out.size;
+	out = take_front(pool, at);
 	return true;
 }
 
@@ -194,10 +200,7 @@ margo_status pool_alloc(margo_context *c, uint64_t bytes, uint64_t *out) {
 		b.size = rounded(c->pool.capacity, bytes);
 		auto it = c->pool.cached.find(b.size);
 		if (it != c->pool.cached.end()) { // the first to be freed is the likeliest to be free of work
-			b = std::move(it->second.front());
-			it->second.pop_front();
-			if (it->second.empty()) c->pool.cached.erase(it);
-			c->pool.cached_bytes -= b.size;
+			b = take_front(c->pool, it);
 			c->pool.reuses++;
 		}
 	}
