@@ -44,7 +44,7 @@ func runDecode(c *cli.Context) error {
 		return err
 	}
 	defer t.close()
-	l, err := readLatents(path, t.info.KL)
+	l, err := readLatents(path, t.info.KL, t.dev.Info().MemFree)
 	if err != nil {
 		return err
 	}

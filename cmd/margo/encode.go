@@ -221,8 +221,11 @@ func parseSize(text string) (w, h int, err error) {
 	}
 	w, err1 := strconv.Atoi(a)
 	h, err2 := strconv.Atoi(b)
-	if err1 != nil || err2 != nil || w < 1 || h < 1 || w > 1<<16 || h > 1<<16 {
+	if err1 != nil || err2 != nil || w < 1 || h < 1 {
 		return 0, 0, usagef("--size is %q, it must be WIDTHxHEIGHT in pixels, as 256x256", text)
+	}
+	if w > imageio.MaxPixels/h { // what images may have that are read
+		return 0, 0, usagef("--size is %q, it must have at most %d pixels", text, imageio.MaxPixels)
 	}
 	return w, h, nil
 }

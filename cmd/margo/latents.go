@@ -9,6 +9,7 @@ import (
 
 	"margo/engine"
 	"margo/engine/checkpoint"
+	"margo/engine/plan"
 )
 
 // kindLatents is the metadata kind of a file of latents.
@@ -54,8 +55,9 @@ func (l *latents) save(ctx context.Context, path string) error {
 }
 
 // readLatents reads what encode wrote, or another program: any safetensors or
-// PyTorch file with latents [N,C,h,w] or codes [N,h,w] does.
-func readLatents(path string, cfg *checkpoint.KLConfig) (*latents, error) {
+// PyTorch file with latents [N,C,h,w] or codes [N,h,w] does. What is above room
+// bytes is refused before it is read; 0 is no limit.
+func readLatents(path string, cfg *checkpoint.KLConfig, room int64) (*latents, error) {
 	f, err := checkpoint.Open(path, checkpoint.OpenOptions{})
 	if err != nil {
 		return nil, err
@@ -71,6 +73,10 @@ func readLatents(path string, cfg *checkpoint.KLConfig) (*latents, error) {
 	}
 	z, hasLatents := f.Tensor("latents")
 	codes, hasCodes := f.Tensor("codes")
+	// Codes are read as I64, then kept as I32. A sparse file takes no room on its disk.
+	if need := max(z.Elems()*4, codes.Elems()*12); room > 0 && need > room {
+		return nil, failf("not enough memory: the latents of %s need %s, there are %s free", path, plan.Size(need), plan.Size(room))
+	}
 	n := 0
 	switch {
 	case hasCodes && cfg.NEmbed > 0: // no need to search again

@@ -19,8 +19,9 @@ var (
 	errCutPNG = errors.New("PNG is cut off")
 )
 
-// maxPixels bounds what a decoder may allocate for a hostile header.
-const maxPixels = 1 << 26
+// MaxPixels is the size of the largest image that is read: what a decoder may
+// allocate for a hostile header.
+const MaxPixels = 1 << 26
 
 func pathCause(err error) error {
 	var pe *fs.PathError
@@ -30,13 +31,29 @@ func pathCause(err error) error {
 	return err
 }
 
+// open opens a regular file: opening a FIFO would wait for its writer.
+func open(path string) (*os.File, error) {
+	s, err := os.Stat(path)
+	if err == nil && !s.Mode().IsRegular() {
+		err = errors.New("not a regular file")
+	}
+	var f *os.File
+	if err == nil {
+		f, err = os.Open(path)
+	}
+	if err != nil {
+		return nil, engine.Errorf("read "+path, engine.IO, "%w", pathCause(err))
+	}
+	return f, nil
+}
+
 func decode(path string) (image.Image, error) {
 	fail := func(format string, a ...any) (image.Image, error) {
 		return nil, engine.Errorf("read "+path, engine.IO, format, a...)
 	}
-	f, err := os.Open(path)
+	f, err := open(path)
 	if err != nil {
-		return fail("%w", pathCause(err))
+		return nil, err
 	}
 	defer f.Close()
 	if _, err := header(path, f); err != nil {
@@ -183,9 +200,9 @@ func (p *plane) transpose() *plane {
 
 // ImageSize is the width and height of a PNG or JPEG, from its header.
 func ImageSize(path string) (w, h int, err error) {
-	f, err := os.Open(path)
+	f, err := open(path)
 	if err != nil {
-		return 0, 0, engine.Errorf("read "+path, engine.IO, "%w", pathCause(err))
+		return 0, 0, err
 	}
 	defer f.Close()
 	c, err := header(path, f)
@@ -200,8 +217,8 @@ func header(path string, r io.Reader) (image.Config, error) {
 		err = engine.Errorf("read "+path, engine.IO, "neither PNG nor JPEG")
 	case err != nil:
 		err = engine.Errorf("read "+path, engine.IO, "%w", err)
-	case c.Width <= 0 || c.Height <= 0 || c.Width > maxPixels/c.Height:
-		err = engine.Errorf("read "+path, engine.IO, "%d×%d pixels: at most %d are read", c.Width, c.Height, maxPixels)
+	case c.Width <= 0 || c.Height <= 0 || c.Width > MaxPixels/c.Height:
+		err = engine.Errorf("read "+path, engine.IO, "%d×%d pixels: at most %d are read", c.Width, c.Height, MaxPixels)
 	}
 	return c, err
 }

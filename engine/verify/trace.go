@@ -29,12 +29,24 @@ type trace struct {
 	kind Kind
 }
 
+// maxElems is what the oracle's 4 GiB of memory hold of F32 (ref.Device): a sparse
+// file takes no room on its disk, and its tensors would take the host's memory.
+const maxElems = 1 << 30
+
 func openTrace(path string) (*trace, error) {
 	f, err := checkpoint.Open(path, checkpoint.OpenOptions{})
 	if err != nil {
 		return nil, err
 	}
 	t := &trace{File: f}
+	elems := int64(0)
+	for _, name := range f.Names() {
+		info, _ := f.Tensor(name)
+		if elems += min(info.Elems(), maxElems+1); elems > maxElems {
+			f.Close()
+			return nil, t.unknown("its tensors have more than %d elements, which the float64 oracle cannot hold", int64(maxElems))
+		}
+	}
 	has := func(name string) bool { _, ok := f.Tensor(name); return ok }
 	switch {
 	case has("step0.loss"), has("per_sample_loss"):

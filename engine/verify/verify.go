@@ -87,9 +87,9 @@ func Run(ctx context.Context, o Options) (*Result, error) {
 		dev     engine.Device
 		compute engine.DType
 	}{
-		{&v.device, o.Device, o.DType},
-		{&v.exact, ref.New(ref.Exact), engine.F32},
+		{&v.exact, ref.New(ref.Exact), engine.F32}, // first: it has the least memory, and says so
 		{&v.rounded, ref.New(ref.Rounded), o.DType},
+		{&v.device, o.Device, o.DType},
 		{&v.single, ref.New(ref.Rounded), engine.F32},
 	}
 	if o.DType == engine.F32 {
