@@ -119,16 +119,19 @@ type imageParams struct {
 	Model     string `json:"model"`
 	Tokenizer string `json:"tokenizer,omitempty"`
 	checkpoint.Sampling
-	Order       string  `json:"order,omitempty"`
-	CodeSampler string  `json:"code_sampler,omitempty"`
-	TopK        int     `json:"top_k,omitempty"`
-	TopP        float64 `json:"top_p,omitempty"`
-	LatentScale float64 `json:"latent_scale"`
-	Seed        uint64  `json:"seed"`
-	Device      string  `json:"device"`
-	DType       string  `json:"dtype"`
-	Image       string  `json:"image,omitempty"`
-	Mask        string  `json:"mask,omitempty"`
+	Order       string   `json:"order,omitempty"`
+	Choice      *float64 `json:"choice_temperature,omitempty"` // of confidence order
+	CodeSampler string   `json:"code_sampler,omitempty"`
+	TopK        int      `json:"top_k,omitempty"`
+	TopP        float64  `json:"top_p,omitempty"`
+	LatentScale float64  `json:"latent_scale"`
+	Tile        int      `json:"tile,omitempty"` // of the tokenizer, in pixels
+	Overlap     int      `json:"overlap,omitempty"`
+	Seed        uint64   `json:"seed"`
+	Device      string   `json:"device"`
+	DType       string   `json:"dtype"`
+	Image       string   `json:"image,omitempty"`
+	Mask        string   `json:"mask,omitempty"`
 
 	// One image.
 	Index     *int   `json:"index,omitempty"`
@@ -272,7 +275,11 @@ func runSample(c *cli.Context) error {
 		}
 		rgb, finite := imageio.FromFloat(img.W, img.H, img.Pixels)
 		if !finite {
-			return failf("image %d is not finite (NaN or infinite pixels): the weights are broken, or --max-timestep is too large for them; try --max-timestep 950", img.Index)
+			cure := ""
+			if j.settings.MaxTimestep > 950 { // 0 of a DiT
+				cure = ", or --max-timestep is too large for them; try --max-timestep 950"
+			}
+			return failf("image %d is not finite (NaN or infinite pixels): the weights are broken%s", img.Index, cure)
 		}
 		return out.add(img.Index, img.Class, rgb)
 	})
@@ -412,6 +419,12 @@ func (j *job) resolveDraw(c *cli.Context, m *checkpoint.MARConfig) error {
 		return nil
 	}
 	j.draw = codeDraw{order: c.String("order"), choice: c.Float64("choice-temperature")}
+	if c.IsSet("choice-temperature") && j.draw.order != sample.ConfidenceOrder {
+		return usagef("--choice-temperature is for --order %s", sample.ConfidenceOrder)
+	}
+	if c.IsSet("latent-scale") && m.Discrete() {
+		return usagef("--latent-scale: the tokens of this model are codes, which have none")
+	}
 	if m.Discrete() {
 		j.draw.sampler, j.draw.topK, j.draw.topP = c.String("code-sampler"), c.Int("top-k"), c.Float64("top-p")
 		return nil
@@ -488,8 +501,17 @@ func (j *job) resolve(c *cli.Context, info *checkpoint.Model) error {
 
 func (j *job) fillParams(c *cli.Context, dev engine.Device) {
 	j.params = imageParams{Software: "margo " + c.App.Version, Model: filepath.Base(c.String("model")), Sampling: j.settings,
-		LatentScale: j.tokenizer.scale, Seed: j.seed, Device: dev.Name(), DType: j.dtype.String(), Image: c.String("image"), Mask: c.String("mask")}
+		LatentScale: j.tokenizer.scale, Seed: j.seed, Device: dev.Name(), DType: j.dtype.String()}
+	if c.IsSet("image") {
+		j.params.Image, j.params.Mask = filepath.Base(c.String("image")), filepath.Base(c.String("mask"))
+	}
 	j.params.Order, j.params.CodeSampler = j.draw.order, j.draw.sampler
+	if j.draw.order == sample.ConfidenceOrder {
+		j.params.Choice = &j.draw.choice
+	}
+	if j.tiles.tile > 0 {
+		j.params.Tile, j.params.Overlap = j.tiles.tile, j.tiles.shared(j.info.Stride())
+	}
 	if j.draw.sampler != "" {
 		j.params.TopK, j.params.TopP = j.draw.topK, j.draw.topP
 	}

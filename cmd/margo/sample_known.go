@@ -25,6 +25,9 @@ func readKnownImage(c *cli.Context, cfg *checkpoint.MARConfig) (*knownImage, err
 		return nil, nil
 	}
 	k := &knownImage{size: cfg.Grid() * cfg.PatchSize * cfg.VAEStride}
+	if k.size > imageio.MaxPixels/k.size {
+		return nil, usagef("--image: the model's images have %d×%d pixels, at most %d are read", k.size, k.size, imageio.MaxPixels)
+	}
 	var err error
 	if k.pixels, err = imageio.ReadImage(c.String("image"), k.size, k.size); err != nil {
 		return nil, err
@@ -68,6 +71,9 @@ func (k *knownImage) encode(ctx context.Context, dev engine.Device, tok tokenize
 	}
 	z := c.F32(p.Mean, 1, p.H, p.W, p.C)
 	if cfg.Discrete() {
+		if t, ok := tok.(*tokenizer.Tiled); ok {
+			tok = t.Tokenizer // a code is of one position
+		}
 		vq, ok := tok.(*tokenizer.VQ)
 		if !ok { // openScaled has seen a codebook
 			return nil, engine.Errorf("known image", engine.Internal, "tokens are codes and the tokenizer has none")

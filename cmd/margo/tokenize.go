@@ -46,15 +46,22 @@ func readTiling(c *cli.Context) (tiling, error) {
 	return t, nil
 }
 
+// shared is the overlap in pixels; if none was given, a quarter of the tile, up to
+// whole latent positions of stride pixels.
+func (t tiling) shared(stride int) int {
+	if t.overlap < 0 {
+		return upTo(t.tile/4, stride)
+	}
+	return t.overlap
+}
+
 // wrap makes tok work tile by tile, if that was asked for.
 func (t tiling) wrap(tok tokenizer.Tokenizer) (tokenizer.Tokenizer, error) {
 	if t.tile == 0 {
 		return tok, nil
 	}
-	s, overlap := tok.Stride(), t.overlap
-	if overlap < 0 {
-		overlap = (t.tile/4 + s - 1) / s * s
-	}
+	s := tok.Stride()
+	overlap := t.shared(s)
 	for name, v := range map[string]int{"tile": t.tile, "overlap": overlap} {
 		if v%s != 0 {
 			return nil, usagef("--%s is %d, it must be a multiple of the tokenizer's stride %d", name, v, s)
@@ -138,7 +145,7 @@ func (t *tokenize) fits(h, w int, encode, decode bool) error {
 	if free <= 0 {
 		return nil
 	}
-	dev := plan.New(0)
+	dev := plan.Like(t.dev.Info())
 	tok, params, err := t.make(encode)
 	if err != nil {
 		return err
@@ -150,6 +157,7 @@ func (t *tokenize) fits(h, w int, encode, decode bool) error {
 	if err != nil {
 		return err
 	}
+	defer c.Close()
 	s := tok.Stride()
 	if encode {
 		c.Scoped(func() { tok.Encode(c, c.New(engine.F32, 1, h*s, w*s, 3)) })

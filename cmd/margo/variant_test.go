@@ -70,7 +70,12 @@ func TestInpaintCodes(t *testing.T) {
 	if !slices.Equal(pixels(t, at("free.png")).Pix, pixels(t, at("again.png")).Pix) {
 		t.Error("an image that is masked completely has an influence")
 	}
+	run("sure.png", "--order", "confidence", "--choice-temperature", "0", "--tile", "8")
+	if p := parameters(t, at("sure.png")); p["choice_temperature"] != 0.0 || p["tile"] != 8.0 || p["overlap"] != 2.0 {
+		t.Errorf("what made the image is not recorded: %v", p)
+	}
 	writeMask(t, none, 16, 8)
+	run("tiles.png", "--image", at("source.png"), "--mask", none, "--tile", "8")
 	run("a.png", "--image", at("source.png"), "--mask", none, "--seed", "1")
 	run("b.png", "--image", at("source.png"), "--mask", none, "--seed", "2")
 	a, b := pixels(t, at("a.png")), pixels(t, at("b.png"))
@@ -110,6 +115,8 @@ func TestVariantFlags(t *testing.T) {
 		{2, "--order", []string{ar, "--order", "spiral"}},
 		{2, "--top-p", []string{arCodes, "--top-p", "2"}},
 		{2, "--code-sampler", []string{arCodes, "--code-sampler", "dice"}},
+		{2, "--choice-temperature is for --order confidence", []string{ar, "--choice-temperature", "1"}},
+		{2, "--latent-scale: the tokens of this model are codes", []string{arCodes, "--latent-scale", "2"}},
 	} {
 		code, _, msg := margo(append([]string{"sample", "--tokenizer", vq, "-n", "2", "-o", out, "--model"}, c.args...)...)
 		if code != c.code || !strings.Contains(msg, c.want) {

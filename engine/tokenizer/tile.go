@@ -188,3 +188,29 @@ func (t *Tiled) Decode(c *engine.Ctx, z *engine.Tensor) *engine.Tensor {
 	}
 	return c.F32(out.v, out.n, out.h, out.w, out.c)
 }
+
+// Codes is the number of codes of a tokenizer with a codebook, 0 of another.
+func (t *Tiled) Codes() int {
+	if v, ok := t.Tokenizer.(*VQ); ok {
+		return v.Codes()
+	}
+	return 0
+}
+
+// DecodeCodes decodes codes [N·h·w] of a tokenizer with a codebook tile by tile, as
+// Decode does their vectors.
+func (t *Tiled) DecodeCodes(c *engine.Ctx, codes []int32, n, h, w int) *engine.Tensor {
+	if c.Err() != nil {
+		return nil
+	}
+	v, ok := t.Tokenizer.(*VQ)
+	if !ok {
+		c.Fail(engine.Errorf("decode", engine.Invalid, "codes, and the tokenizer has no codebook"))
+		return nil
+	}
+	if h <= t.Tile && w <= t.Tile {
+		return v.DecodeCodes(c, codes, n, h, w)
+	}
+	networks := Tiled{&v.KL, t.Tile, t.Overlap} // the vectors need no search
+	return networks.Decode(c, v.Vectors(c, codes, n, h, w))
+}

@@ -3,6 +3,7 @@ package tokenizer
 import (
 	"errors"
 	"math"
+	"slices"
 	"testing"
 
 	"margo/engine"
@@ -177,6 +178,15 @@ func TestTiledNetworks(t *testing.T) {
 		whole := c.Download(tok.Decode(c, c.F32(a.Mean, 1, 12, 20, a.C)))
 		if c.Err() != nil {
 			t.Fatal(c.Err())
+		}
+		codes := []int32{}
+		if v, ok := tok.(*VQ); ok {
+			codes = v.Nearest(c, c.F32(a.Mean, 1, 12, 20, a.C))
+			if v.Codes() != tiled.Codes() || !slices.Equal(out, c.Download(tiled.DecodeCodes(c, codes, 1, 12, 20))) {
+				t.Errorf("%s: codes give other pixels than their latents: %v", name, c.Err())
+			}
+		} else if tiled.DecodeCodes(c, codes, 1, 0, 0); tiled.Codes() != 0 || !errors.Is(c.ClearErr(), engine.Invalid) {
+			t.Errorf("%s: it has no codebook", name)
 		}
 		for what, p := range map[string][2][]float32{"latents": {b.Mean, a.Mean}, "pixels": {out, whole}} {
 			var diff, size float64
