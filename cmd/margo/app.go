@@ -82,8 +82,8 @@ func newApp(log *logrus.Logger) *cli.App {
 	app := &cli.App{
 		Name:  "margo",
 		Usage: tagline,
-		Description: "margo runs MAR models from the authors' checkpoints (.pth, .safetensors) on the CPU, " +
-			"exactly and fast. \"margo sample\" makes images, \"margo inspect\" shows what a file holds.",
+		Description: "margo runs MAR models, and DiT beside them, from the authors' checkpoints (.pth, .pt, .safetensors) " +
+			"on a CPU or a GPU, exactly and fast. \"margo sample\" makes images, \"margo inspect\" shows what a file holds.",
 		Version:                   version(),
 		DisableSliceFlagSeparator: true, // values may contain commas
 		Flags: []cli.Flag{
@@ -124,7 +124,14 @@ func onUsageError(c *cli.Context, err error, _ bool) error {
 		value, rest, _ := strings.Cut(rest, " for flag -")
 		name, why, _ := strings.Cut(rest, ": ")
 		if why == "parse error" {
-			why = "not a number"
+			switch findFlag(c.Command.Flags, name).(type) {
+			case *cli.IntFlag:
+				why = "not a whole number"
+			case *cli.Uint64Flag:
+				why = "not a whole number from 0 on"
+			default:
+				why = "not a number"
+			}
 		}
 		return usagef("%s: %s: %s", dashed(name), value, why)
 	}

@@ -55,6 +55,9 @@ func arrange(app *cli.App, args []string) ([]string, error) {
 	if cmd == nil {
 		return before, nil
 	}
+	if cmd.Name == "help" && len(rest) > 0 && findCommand(app, rest[0]) == nil {
+		return nil, unknownCommand(app, rest[0])
+	}
 	out := append(append(before, cmd.Name), flags...)
 	if len(rest) > 0 {
 		if cmd.Name != "help" {

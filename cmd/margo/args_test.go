@@ -64,6 +64,13 @@ func TestParseClasses(t *testing.T) {
 			t.Errorf("%q gave %v, %v", in, got, err)
 		}
 	}
+	twice := []string{"crane", "cat, crane", "Crane"}
+	if _, err := parseClasses("CRANE", twice, 3); err == nil || !strings.Contains(err.Error(), "give the id") {
+		t.Errorf("two classes of one name: %v", err)
+	}
+	if got, err := parseClasses("cat", twice, 3); err != nil || !slices.Equal(got, []int{1}) {
+		t.Errorf("a synonym beside two classes of one name: %v, %v", got, err)
+	}
 	if _, err := parseClasses("cat", nil, 4); err == nil || !strings.Contains(err.Error(), "no class names") {
 		t.Errorf("without names: %v", err)
 	}
@@ -74,6 +81,8 @@ func TestComplete(t *testing.T) {
 		{"|", "help sample"}, {"sa", "sample"}, {"completion|f", "fish"}, {"sample|--cfg-s", "--cfg-schedule"},
 		{"sample|--dtype|", "f32 bf16"}, {"sample|--model|", ""}, {"help|ins", "inspect"}, {"--log-level|d", "debug"},
 		{"sample|--dtype|b", "bf16"}, {"inspect|--log-f", "--log-format"}, {"inspect|mod", ""},
+		{"sample|--dtype=b", "--dtype=bf16"}, {"sample|--dtype|=|b", "bf16"}, {"sample|--dtype|=", "f32 bf16"}, {"inspect|--config|dit-xl", "dit-xl/2"},
+		{"sample|--sampler|", "ddpm ddim"}, {"convert|--kind|", "mar dit kl vq"}, {"bench|--format|", "benchstat"},
 	} {
 		code, out, _ := margo(append([]string{completeArg}, strings.Split(strings.TrimPrefix(c.words, "|"), "|")...)...)
 		got := strings.Fields(out)

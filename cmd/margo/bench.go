@@ -53,7 +53,7 @@ Examples:
 			&cli.StringFlag{Name: "steps", Category: "Work", DefaultText: "the model's, else 250", Usage: "`LIST`|of reverse steps of a DiT: counts, 2 to 1000, or ddimN"},
 			&cli.StringFlag{Name: "sampler", Category: "Work", DefaultText: "the model's, else ddpm", Usage: "`NAME`|of a DiT: ddpm or ddim; takes the same time"},
 			&cli.StringFlag{Name: "cfg-channels", Category: "Work", DefaultText: "the model's, else 3", Usage: "`WHICH`|latent channels that a DiT's guidance covers: 3, as the authors', or all, as diffusers'"},
-			&cli.IntFlag{Name: "max-timestep", Category: "Work", DefaultText: "the model's, else 999", Usage: "`T`|largest diffusion timestep, 0 to 999; does not change the speed"},
+			&cli.IntFlag{Name: "max-timestep", Category: "Work", DefaultText: "the model's, else 999", Usage: "`T`|largest diffusion timestep, 1 to 999; does not change the speed"},
 			&cli.Float64Flag{Name: "cfg", Category: "Work", DefaultText: "the model's; 3 for a named MAR or AR, 1.5 for a named DiT", Usage: "`S`|classifier-free guidance scale; 1 is off and about twice as fast, other values take the same time"},
 			&cli.StringFlag{Name: "cfg-schedule", Category: "Work", DefaultText: "the model's, else linear", Usage: "`KIND`|linear or constant; does not change the speed"},
 			&cli.BoolFlag{Name: "decode", Category: "Work", Usage: "turn the latents into pixels too, and time that as \"tokenizer\""},
@@ -143,7 +143,7 @@ func readBenchFlags(c *cli.Context) (*benchJob, error) {
 	for _, f := range []struct {
 		name      string
 		low, high int
-	}{{"max-timestep", 0, 999}, {"subset", 1, 1 << 20}, {"reps", 1, 1000}, {"threads", 1, 4096}} {
+	}{{"max-timestep", 1, 999}, {"subset", 1, 1 << 20}, {"reps", 1, 1000}, {"threads", 1, 4096}} {
 		if err := inRange(c, f.name, f.low, f.high); err != nil {
 			return nil, err
 		}

@@ -3,8 +3,8 @@ package main
 import (
 	"encoding/json"
 	"fmt"
-	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -301,14 +301,13 @@ func (j *benchJob) flops(s *subject, cs bench.Case, own *bench.Margo) (authors, 
 
 // fromFiles writes reports that were measured before.
 func (j *benchJob) fromFiles() error {
-	for _, f := range []string{"model", "batch", "dtype", "iters", "head-steps", "steps", "sampler", "cfg-channels", "cfg", "subset", "reps",
-		"decode", "against", "interleave", "device", "threads"} {
-		if j.c.IsSet(f) {
-			return usagef("--%s is about measuring, and --from measures nothing: leave it out", f)
+	for _, f := range j.c.Command.Flags {
+		if name := f.Names()[0]; j.c.IsSet(name) && !slices.Contains([]string{"from", "plot", "format", "out"}, name) {
+			return usagef("%s is about measuring, and --from measures nothing: leave it out", dashed(name))
 		}
 	}
 	for i, path := range list(j.c.String("from")) {
-		b, err := os.ReadFile(path)
+		b, err := readText(path, 64<<20)
 		if err != nil {
 			return filef("--from: %w", err)
 		}

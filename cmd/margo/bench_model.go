@@ -38,10 +38,8 @@ func namesText() string {
 func namedSubject(name string) (*subject, error) {
 	s := &subject{name: name, random: true, peer: map[string]any{}}
 	switch {
-	case name == "kl-16" || name == "kl-8":
-		if s.kind, s.kl = bench.KindTokenizer, checkpoint.KL16(); name == "kl-8" {
-			s.kl = checkpoint.KL8()
-		}
+	case namedKL[name] != nil:
+		s.kind, s.kl = bench.KindTokenizer, namedKL[name]()
 		side := s.kl.Resolution / s.kl.Stride()
 		s.work = bench.Work{Latent: [3]int{side, side, s.kl.EmbedDim}}
 		s.peer["tokenizer"] = map[string]any{"config": s.kl}

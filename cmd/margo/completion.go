@@ -26,7 +26,12 @@ var values = map[string][]string{
 	"log-level":    {"debug", "info", "warn", "error"},
 	"log-format":   {"text", "json"},
 	"which":        {"ema", "model"},
-	"config":       {"mar-base", "mar-large", "mar-huge"},
+	"config":       configNames(),
+	"sampler":      {"ddpm", "ddim"},
+	"cfg-channels": {"3", "all"},
+	"kind":         {"mar", "dit", "kl", "vq"},
+	"only":         {"table", "memory", "streams", "determinism", "traces", "speed"},
+	"ranks":        {"auto", "off"},
 }
 
 // complete lists the words that may stand for the last one; none means that
@@ -44,6 +49,15 @@ func complete(app *cli.App, words []string) []string {
 				flags = append(flags, cmd.Flags...)
 			}
 		}
+	}
+	// --flag=value, which bash cuts into "--flag", "=" and "value".
+	var before string
+	if flag, value, ok := strings.Cut(last, "="); ok && strings.HasPrefix(flag, "-") {
+		done, last, before = append(slices.Clone(done), flag), value, flag+"="
+	} else if last == "=" {
+		last = ""
+	} else if n := len(done); n > 1 && done[n-1] == "=" {
+		done = done[:n-1]
 	}
 	var candidates []string
 	switch {
@@ -64,7 +78,7 @@ func complete(app *cli.App, words []string) []string {
 	var out []string
 	for _, c := range candidates {
 		if strings.HasPrefix(c, last) {
-			out = append(out, c)
+			out = append(out, before+c)
 		}
 	}
 	return out

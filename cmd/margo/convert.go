@@ -47,6 +47,9 @@ func convert(c *cli.Context) error {
 		return usagef("name the input and the output: margo convert IN OUT")
 	}
 	in, out := c.Args().Get(0), c.Args().Get(1)
+	if !strings.EqualFold(filepath.Ext(out), ".safetensors") && !isFolder(out) {
+		return usagef("%s: checkpoints are written as .safetensors", out)
+	}
 	shape, open, err := shapeOptions(c)
 	if err != nil {
 		return err

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"unicode"
 
 	"margo/engine"
 	"margo/engine/atomicfile"
@@ -67,5 +68,6 @@ func exitCode(err error) int {
 
 // oneLine keeps a message on one line, whatever a file's contents put into it.
 func oneLine(s string) string {
-	return strings.Join(strings.FieldsFunc(s, func(r rune) bool { return r < ' ' || r == 0x7f }), " ")
+	// Also U+0080 to U+009F: some terminals take U+009B for the beginning of a command.
+	return strings.Join(strings.FieldsFunc(s, unicode.IsControl), " ")
 }

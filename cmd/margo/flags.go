@@ -63,7 +63,7 @@ func givenScale(c *cli.Context) (float64, error) {
 // inRange checks an integer flag that was given.
 func inRange(c *cli.Context, name string, low, high int) error {
 	if v := c.Int(name); c.IsSet(name) && (v < low || v > high) {
-		if high >= math.MaxInt32 {
+		if high >= math.MaxInt32 && v < low {
 			return usagef("%s is %d, it must be at least %d", dashed(name), v, low)
 		}
 		return usagef("%s is %d, it must be between %d and %d", dashed(name), v, low, high)
@@ -84,13 +84,17 @@ func oneOf(c *cli.Context, name string, allowed ...string) error {
 // of the synonyms between its own commas or slashes ("tench, Tinca tinca",
 // "T-shirt/top").
 func parseClasses(text string, names []string, classNum int) ([]int, error) {
-	ids := map[string]int{}
+	ids, several := map[string]int{}, map[string]bool{}
 	for _, split := range []string{",/", ""} { // whole names win over synonyms
 		for id, name := range names {
 			parts := strings.FieldsFunc(name, func(r rune) bool { return strings.ContainsRune(split, r) })
 			for _, p := range parts {
 				key := strings.ToLower(strings.TrimSpace(p))
-				if _, taken := ids[key]; split == "" || !taken {
+				at, taken := ids[key]
+				switch {
+				case split == "" && taken && at < id && strings.EqualFold(strings.TrimSpace(names[at]), key):
+					several[key] = true // ImageNet has two cranes
+				case split == "" || !taken:
 					ids[key] = id
 				}
 			}
@@ -111,6 +115,8 @@ func parseClasses(text string, names []string, classNum int) ([]int, error) {
 		if err1 != nil || err2 != nil {
 			id, ok := ids[strings.ToLower(item)]
 			switch {
+			case ok && several[strings.ToLower(item)]:
+				return nil, usagef("--classes: several classes of the model are named %q; give the id", item)
 			case ok:
 				out = append(out, id)
 				continue

@@ -60,10 +60,10 @@ func commandHelp(w io.Writer, cmd *cli.Command) {
 		fmt.Fprintf(w, "  %s\n", l)
 	}
 	text, examples, _ := strings.Cut(cmd.Description, "\nExample")
-	for _, p := range strings.Split(strings.TrimSpace(text), "\n\n") {
+	for _, p := range strings.Split(strings.Trim(text, "\n"), "\n\n") {
 		if p != "" {
 			fmt.Fprintln(w)
-			paragraph(w, p)
+			block(w, p)
 		}
 	}
 	// Flags under their category's heading, in the order they were written.
@@ -145,6 +145,18 @@ func entry(w io.Writer, label, text string) {
 	for _, l := range wrap(text, helpWidth-helpColumn) {
 		fmt.Fprintf(w, "%-*s%s\n", helpColumn, line, l)
 		line = ""
+	}
+}
+
+// block prints a paragraph, or a list as it is: lines that all begin with spaces.
+func block(w io.Writer, text string) {
+	lines := strings.Split(text, "\n")
+	if slices.ContainsFunc(lines, func(l string) bool { return !strings.HasPrefix(l, "  ") }) {
+		paragraph(w, text)
+		return
+	}
+	for _, l := range lines {
+		fmt.Fprintln(w, l)
 	}
 }
 

@@ -20,7 +20,7 @@ func inspectCommand() *cli.Command {
 		Name:      "inspect",
 		Usage:     "show what a checkpoint holds",
 		UsageText: "margo inspect FILE [flags]\nmargo inspect --config NAME [flags]",
-		Description: `FILE is a safetensors file or a PyTorch checkpoint (.pth, .pt, .ckpt), told apart by content. Nothing in it is executed. With --config no weights are needed: it counts the parameters of a published model, or of one you describe in JSON by the authors' argument names.
+		Description: `FILE is a safetensors file or a PyTorch checkpoint (.pth, .pt, .ckpt), told apart by content. Nothing in it is executed. With --config no weights are needed: it counts the parameters of a published model, or of a MAR that you describe in JSON by the authors' argument names.
 
 A model whose tensors are missing, misshapen or too many is reported with exit code 3 after what could be shown.
 
@@ -30,7 +30,7 @@ Examples:
   margo inspect --config mar-large
   margo inspect --config dit-xl/2`,
 		Flags: slices.Concat([]cli.Flag{
-			&cli.StringFlag{Name: "config", Category: "Model", Usage: "`NAME`|describe a configuration without weights: mar-base, mar-large, mar-huge, dit-xl/2 (s, b, l, xl; 2, 4, 8), or a JSON file"},
+			&cli.StringFlag{Name: "config", Category: "Model", Usage: "`NAME`|describe a configuration without weights: mar-base, mar-large, mar-huge, ar-raster-base and so on, dit-xl/2 (s, b, l, xl; 2, 4, 8), kl-16, kl-8, or a JSON file of a MAR"},
 		}, shapeFlags(), []cli.Flag{
 			&cli.BoolFlag{Name: "tensors", Category: "Output", Usage: "list all tensors: name, dtype, shape"},
 			jsonFlag(),
@@ -83,6 +83,11 @@ func inspect(c *cli.Context) error {
 	var err error
 	switch {
 	case c.IsSet("config") && c.NArg() == 0:
+		for _, f := range shapeFlags() {
+			if name := f.Names()[0]; c.IsSet(name) {
+				return usagef("%s is about a file, and --config needs none: leave it out", dashed(name))
+			}
+		}
 		d, err = describeConfig(c.String("config"))
 	case !c.IsSet("config") && c.NArg() == 1:
 		d, err = describeFile(c, c.Args().First())
@@ -140,6 +145,14 @@ func describeFile(c *cli.Context, path string) (*description, error) {
 	return d, err
 }
 
+// namedKL are the tokenizers that have a name.
+var namedKL = map[string]func() *checkpoint.KLConfig{"kl-16": checkpoint.KL16, "kl-8": checkpoint.KL8}
+
+// configNames lists the configurations that have a name.
+func configNames() []string {
+	return slices.Concat(checkpoint.MARNames(), checkpoint.VariantNames(), checkpoint.DiTNames(), []string{"kl-16", "kl-8"})
+}
+
 func describeConfig(name string) (*description, error) {
 	m := &checkpoint.Model{Kind: checkpoint.KindMAR}
 	if checkpoint.Named(name) {
@@ -147,13 +160,15 @@ func describeConfig(name string) (*description, error) {
 	} else if slices.Contains(checkpoint.DiTNames(), name) {
 		m.Kind = checkpoint.KindDiT
 		m.DiT, _ = checkpoint.NamedDiT(name)
+	} else if kl, ok := namedKL[name]; ok {
+		m.Kind, m.MAR, m.KL = checkpoint.KindKL, nil, kl()
 	} else {
-		text, err := os.ReadFile(name)
-		if os.IsNotExist(err) && !strings.ContainsAny(name, "./") {
-			return nil, usagef("--config: %q is neither a file nor one of %s", name, strings.Join(slices.Concat(checkpoint.MARNames(), checkpoint.VariantNames(), checkpoint.DiTNames()), ", "))
+		if names := configNames(); !exists(name) && !strings.ContainsAny(name, "./") {
+			return nil, usagef("--config: %q is neither a file nor one of %s%s", name, strings.Join(names, ", "), didYouMean(suggest(name, names)))
 		}
+		text, err := readText(name, 1<<20)
 		if err != nil {
-			return nil, filef("read %s: %w", name, cause(err))
+			return nil, filef("%w", err)
 		}
 		if m.MAR, err = checkpoint.ParseMAR(string(text)); err != nil {
 			return nil, filef("%s: %w", name, err)

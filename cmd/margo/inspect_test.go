@@ -82,6 +82,10 @@ func TestInspectConfig(t *testing.T) {
 	if out := ok(t, "inspect", "--config", "mar-base"); !strings.Contains(out, "207,924,768") || strings.Contains(out, "sampling") {
 		t.Error(out)
 	}
+	// sd-vae-ft-mse's, as diffusers counts it.
+	if d := inspectJSON(t, "--config", "kl-8"); d.Params != 83653863 || len(d.Parts) != 2 {
+		t.Errorf("kl-8: %d parameters, parts %v", d.Params, d.Parts)
+	}
 	// A configuration of one's own, in the authors' words.
 	path := filepath.Join(t.TempDir(), "c.json")
 	os.WriteFile(path, []byte(`{"encoder_embed_dim": 64, "encoder_depth": 2, "encoder_num_heads": 4, "decoder_embed_dim": 64, "decoder_depth": 2,
@@ -126,7 +130,7 @@ func TestInspectFile(t *testing.T) {
 	if err := checkpoint.Save(t.Context(), path, entries, f.Metadata()); err != nil {
 		t.Fatal(err)
 	}
-	for _, cmd := range [][]string{{"inspect", path}, {"sample", "--model", path, "-o", path + ".png"}, {"convert", path, path + ".out"}} {
+	for _, cmd := range [][]string{{"inspect", path}, {"sample", "--model", path, "-o", path + ".png"}, {"convert", path, path + ".out.safetensors"}} {
 		if code, _, msg := margo(cmd...); code != exitFile || !strings.Contains(msg, `missing "decoder_norm.bias" [64]`) {
 			t.Errorf("%s: exit %d: %s", cmd[0], code, msg)
 		}

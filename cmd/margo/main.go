@@ -16,5 +16,8 @@ import (
 func main() {
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	if !signal.Ignored(syscall.SIGHUP) { // as nohup does
+		signal.Notify(signals, syscall.SIGHUP) // the terminal is gone: nothing half-written stays
+	}
 	os.Exit(run(os.Args[1:], os.Stdout, os.Stderr, signals))
 }

@@ -96,11 +96,12 @@ func TestExitCodes(t *testing.T) {
 		want string // in the message
 	}{
 		{[]string{"smaple"}, 2, "did you mean sample?"},
+		{[]string{"help", "smaple"}, 2, "did you mean sample?"},
 		{[]string{"--nothing"}, 2, "--nothing"},
 		{[]string{"sample"}, 2, "--model FILE is needed"},
 		{sampleWith("--itres", "3"), 2, "did you mean --iters?"},
 		{sampleWith("--iters"), 2, "--iters needs a value"},
-		{sampleWith("--iters", "many"), 2, `--iters: "many": not a number`},
+		{sampleWith("--iters", "many"), 2, `--iters: "many": not a whole number`},
 		{sampleWith("--iters", "0"), 2, "--iters is 0"},
 		{sampleWith("--head-steps", "1001"), 2, "--head-steps is 1001, it must be between 2 and 1000"},
 		{sampleWith("--head-steps", "1"), 2, "--head-steps is 1,"},
@@ -120,7 +121,9 @@ func TestExitCodes(t *testing.T) {
 		{sampleWith("--batch", "0"), 2, "--batch is 0"},
 		{sampleWith("-n", "0"), 2, "-n is 0"},
 		{sampleWith("--first-index", "-1"), 2, "--first-index"},
-		{sampleWith("--seed", "-1"), 2, "--seed"},
+		{sampleWith("-n", "2147483648"), 2, "-n is 2147483648, it must be between 1 and 2147483647"},
+		{sampleWith("--seed", "-1"), 2, `--seed: "-1": not a whole number from 0 on`},
+		{sampleWith("--cfg", "x"), 2, `--cfg: "x": not a number`},
 		{sampleWith("--classes", "10"), 2, "classes 0 to 9"},
 		{sampleWith("--classes", "1,,2"), 2, "empty item"},
 		{sampleWith("--classes", "sneker"), 2, "did you mean sneaker?"},
@@ -150,7 +153,8 @@ func TestExitCodes(t *testing.T) {
 		{[]string{"inspect", cut}, 3, "cut.safetensors"},
 		{[]string{"inspect", huge}, 3, "huge.safetensors"},
 		{[]string{"inspect", dir}, 3, dir},
-		{[]string{"inspect", "--config", "mar-tiny"}, 2, "mar-base"},
+		{[]string{"inspect", "--config", "mar-bse"}, 2, "did you mean mar-base?"},
+		{[]string{"inspect", "--config", "mar-base", "--heads", "3"}, 2, "--heads is about a file"},
 		{[]string{"inspect", "--config", text}, 3, "text.pth"},
 		{[]string{"inspect", "--config", none}, 3, "none.safetensors"},
 		{[]string{"inspect", tiny, "--which", "model"}, 2, "one state"},
@@ -164,6 +168,7 @@ func TestExitCodes(t *testing.T) {
 		{[]string{"convert", tiny, at("o.safetensors"), "--set", "head_steps=1"}, 2, "head_steps is 1, it must be between 2 and 1000"},
 		{[]string{"convert", tiny, at("o.safetensors"), "--set", "max_timestep=0"}, 2, "max_timestep is 0, it must be between 1 and 999"},
 		{[]string{"convert", tiny, dir}, 2, "is a folder"},
+		{[]string{"convert", tiny, at("o.pth")}, 2, "written as .safetensors"},
 		{[]string{"convert", tiny, at("no/such/o.safetensors")}, 1, "there is no folder"},
 		{[]string{"devices", "all"}, 2, "no arguments"},
 		{[]string{"completion", "csh"}, 2, "bash, zsh or fish"},
@@ -246,6 +251,9 @@ func TestHelp(t *testing.T) {
 				t.Errorf("%s: %s is not explained", cmd.Name, name)
 			}
 		}
+	}
+	if text := ok(t, "help", "selftest"); !strings.Contains(text, "\n  memory       more than the device has") {
+		t.Errorf("selftest: the list of its parts has become a paragraph:\n%s", text)
 	}
 	if v := ok(t, "--version"); !strings.HasPrefix(v, "margo ") || v != ok(t, "version") {
 		t.Errorf("version: %q", v)

@@ -38,18 +38,20 @@ func selftestCommand() *cli.Command {
 		UsageText: "margo selftest --device NAME [flags]",
 		Description: `The first thing to run on a new GPU. In this order:
 
-  table        every op in every dtype against the float64 oracle, twice for determinism,
-               in parts for independence of the batch, with guards around every tensor;
-               streams, events, graphs
-  memory       more than the device has is refused with a clear error, and the device
-               goes on working
-  streams      a race of many streams: ops of every kind on two hundred streams at the
-               same time, which must give the bits that each gives alone
-  determinism  whole samples: again, and one by one instead of in a batch, the same bits
-  traces       the recorded runs of the authors' code in --goldens, in f32 and bf16
-  speed        a roofline: ops of real shapes and the least time that the device's peaks
-               allow them, what the compiler made of the kernels that ran, and margo bench
-               of a small MAR job
+  table        every op in every dtype against the float64 oracle, twice for
+               determinism, in parts for independence of the batch, with guards
+               around every tensor; streams, events, graphs
+  memory       more than the device has is refused with a clear error, and the
+               device goes on working
+  streams      a race of many streams: ops of every kind on two hundred streams
+               at the same time, which must give the bits that each gives alone
+  determinism  whole samples: again, and one by one instead of in a batch, the
+               same bits
+  traces       the recorded runs of the authors' code in --goldens, in f32 and
+               bf16
+  speed        a roofline: ops of real shapes and the least time that the
+               device's peaks allow them, what the compiler made of the kernels
+               that ran, and margo bench of a small MAR job
 
 The report goes to standard output and, with --out, to a file: as text, or as JSON with
 all figures if the file's name ends in .json; --json prints JSON in place of the text. So

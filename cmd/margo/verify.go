@@ -48,7 +48,7 @@ func runVerify(c *cli.Context) error {
 			return usagef("verify needs --%s FILE", name)
 		}
 	}
-	if err := inRange(c, "threads", 1, 1024); err != nil {
+	if err := inRange(c, "threads", 1, 4096); err != nil {
 		return err
 	}
 	shape, open, err := shapeOptions(c)
@@ -65,12 +65,14 @@ func runVerify(c *cli.Context) error {
 	}
 	defer dev.Close()
 	w, asJSON, quiet := c.App.Writer, c.Bool("json"), c.Bool("quiet")
-	if !asJSON && !quiet {
-		fmt.Fprintf(w, "%-44s %11s %11s %11s\n", "stage", "max|Δ|", "/max|golden|", "limit")
-	}
+	header := !quiet // before the first stage: an error has none
 	o := verify.Options{Model: c.String("model"), Trace: c.String("trace"), Device: dev, DType: dtype, MAR: shape, Open: open}
 	if !asJSON {
 		o.Stage = func(s verify.Stage) {
+			if header {
+				fmt.Fprintf(w, "%-44s %11s %11s %11s\n", "stage", "max|Δ|", "/max|golden|", "limit")
+				header = false
+			}
 			verdict := "ok"
 			switch {
 			case !s.Gated:

@@ -1,6 +1,7 @@
 package sample
 
 import (
+	"math"
 	"time"
 
 	"margo/engine"
@@ -106,7 +107,8 @@ func (m *meter) tell(done, n, iter int) {
 	}
 	if at := float64(done) + float64(n)*share; at > 0 && p.Elapsed > 0 {
 		p.Rate = at / p.Elapsed.Seconds()
-		p.Left = time.Duration((float64(m.r.N) - at) / p.Rate * float64(time.Second))
+		// 2^31 images of some seconds each are beyond a Duration.
+		p.Left = time.Duration(min((float64(m.r.N)-at)/p.Rate*float64(time.Second), math.MaxInt64/2))
 	}
 	m.f(p)
 }

@@ -153,6 +153,9 @@ func warning(most float32, t interface{ advice() string }) string {
 	if most <= maxToken {
 		return ""
 	}
+	if most != most || math.IsInf(float64(most), 0) {
+		return "tokens are not finite" + t.advice()
+	}
 	return fmt.Sprintf("tokens reach ±%.4g, far outside the data's range (a standard deviation of about 1)%s", most, t.advice())
 }
 

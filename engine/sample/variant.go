@@ -21,7 +21,7 @@ const (
 	Inverse = "inverse"
 )
 
-// order is Order with its default, what the model was trained on.
+// orderKind is Order with its default, what the model was trained on.
 func (r *Request) orderKind(cfg *mar.Config) string {
 	if r.Order == "" {
 		return cfg.TrainedOrder()
@@ -64,7 +64,7 @@ func (r *Request) validateVariant(cfg *mar.Config) error {
 	return nil
 }
 
-// knownFits reports whether the known image is one of the model's.
+// fits reports whether the known image is one of the model's.
 func (k *Known) fits(cfg *mar.Config) error {
 	bad := func(format string, a ...any) error { return engine.Errorf("sample", engine.Invalid, format, a...) }
 	l := cfg.Tokens()
