@@ -16,7 +16,8 @@ func TestSupportMatrix(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer dev.Close()
-	want := "# What each device supports\n\nMade from the devices' own answers; every \"yes\" is run by the conformance table.\n\n" +
+	want := "# What each device supports\n\nMade from the devices' own answers; every \"yes\" is run by the conformance table. What a CUDA device supports its plugin\n" +
+		"says: `margo selftest --only table` lists what it skips.\n\n" +
 		conformance.Support(dev, ref.New(ref.Exact))
 	const path = "docs/support.md"
 	if os.Getenv("MARGO_UPDATE") != "" {
