@@ -16,9 +16,6 @@
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
-#if defined(__SANITIZE_THREAD__)
-#include <sanitizer/tsan_interface.h>
-#endif
 
 __thread dim3 blockDim, gridDim;
 
@@ -87,10 +84,8 @@ void leave(Fiber *from, Fiber *to, bool for_good) {
 #else
 	(void)for_good;
 #endif
-#if defined(__SANITIZE_THREAD__)
-	// Orders what from has done before what to does: races between threads of a worker are check.cpp's.
-	__tsan_switch_to_fiber(to ? to->stack->context : g->main_context, 0);
-#endif
+	// TSan takes the fibers of a worker for one thread (races between them are check.cpp's): code is compiled without
+	// its calls at functions' entries, so it has no stack of its own that a switch would have to change.
 	emu_switch(&from->sp, to ? to->sp : g->main_sp);
 #if defined(__SANITIZE_ADDRESS__)
 	__sanitizer_finish_switch_fiber(from->fake_stack, nullptr, nullptr);
@@ -105,11 +100,8 @@ Stack *take_stack(Group *g) {
 	}
 	void *p = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	if (p == MAP_FAILED) fail(cudaErrorLaunchOutOfResources, nullptr, 0, "no memory for the stack of a thread");
-	auto *s = new Stack{static_cast<char *>(p), int(g->all_stacks.size()), nullptr};
+	auto *s = new Stack{static_cast<char *>(p), int(g->all_stacks.size())};
 	memcpy(s->base, &kCanary, sizeof kCanary);
-#if defined(__SANITIZE_THREAD__)
-	s->context = __tsan_create_fiber(0);
-#endif
 	g->all_stacks.push_back(s);
 	return s;
 }
@@ -407,10 +399,6 @@ void run_blocks(Group *g, Run *run, uint64_t first, int count) {
 #if defined(__SANITIZE_ADDRESS__)
 	g->main_size = 0;
 	__sanitizer_start_switch_fiber(&g->main_fake, begin->stack->base, kStack);
-#endif
-#if defined(__SANITIZE_THREAD__)
-	g->main_context = __tsan_get_current_fiber();
-	__tsan_switch_to_fiber(begin->stack->context, 0);
 #endif
 	emu_switch(&g->main_sp, begin->sp);
 #if defined(__SANITIZE_ADDRESS__)

@@ -62,7 +62,6 @@ struct Copy { // a cp.async under way
 struct Stack {
 	char *base;
 	int number;
-	void *context; // TSan's
 };
 
 struct Block;
@@ -159,7 +158,7 @@ struct Group {
 	std::vector<char *> memory; // shared memory of the blocks
 	size_t memory_bytes = 0;
 	int64_t live = 0;
-	void *main_sp = nullptr, *main_fake = nullptr, *main_context = nullptr; // the last two: ASan's and TSan's
+	void *main_sp = nullptr, *main_fake = nullptr; // the latter: ASan's
 	const void *main_bottom = nullptr;
 	size_t main_size = 0;
 	uint64_t random = 0, idle = 0; // idle: turns of polling loops since something changed

@@ -49,10 +49,18 @@ __global__ void shift(int *y, int by) {
 	y[threadIdx.x] = 1 << by;
 }
 
-// counts adds from every block; blocks run on two threads of the system. plain: without atomics.
+// counts adds from every block; blocks run on two threads of the system. plain: without atomics. Each of the two waits for the
+// other at its first block (and nothing orders them), else one may be done before the other wakes.
+std::atomic<int> workers{0};
+thread_local bool counted = false;
 __global__ void counts(float *y, int plain) {
 	__syncthreads();
 	if (threadIdx.x) return;
+	if (!counted) {
+		counted = true;
+		workers.fetch_add(1, std::memory_order_relaxed);
+		while (workers.load(std::memory_order_relaxed) < 2) std::this_thread::yield();
+	}
 	if (plain)
 		y[0] = y[0] + 1;
 	else
