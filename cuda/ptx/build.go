@@ -62,7 +62,7 @@ func build(in *instr) error {
 		}
 		in.run = each(func(w *warp, l int) error {
 			w.state[l] = exited
-			return nil
+			return w.leaving()
 		})
 		return nil
 	case "ld":
@@ -92,12 +92,8 @@ func build(in *instr) error {
 			return nil
 		}
 		return in.want(1)
-	case "membar", "fence": // the memory of an interpreter is in order
-		if _, err := modifiers(mods, "gl", "cta", "sys", "gpu", "acq_rel", "sc"); err != nil {
-			return err
-		}
-		in.run = func(*warp, uint32) error { return nil }
-		return in.want(0)
+	case "membar", "fence":
+		return fenceOf(in, mods)
 	}
 	if f, ok := collectives[op]; ok {
 		return f(in, mods, t)
@@ -290,7 +286,7 @@ func (in *instr) store(mods []string, t string) error {
 		for i := range v {
 			store(b[i*size:(i+1)*size], v[i].get(w, l))
 		}
-		return nil
+		return w.wrote(space, a.get(w, l), n*size, l)
 	})
 	return nil
 }
@@ -338,7 +334,7 @@ func (in *instr) cvta(mods []string) error {
 	if !to && len(mods) != 1 {
 		return errUnknown
 	}
-	base, ok := map[string]uint64{"global": 0, "shared": sharedBase, "local": localBase}[mods[len(mods)-1]]
+	base, ok := map[string]uint64{"global": 0, "shared": sharedBase, "local": localBase, "param": paramBase}[mods[len(mods)-1]]
 	if !ok {
 		return errUnknown
 	}
@@ -632,7 +628,7 @@ func (in *instr) atomic(mods []string, t string) error {
 		if d >= 0 {
 			w.regs[d*32+l] = old
 		}
-		return nil
+		return w.wrote(space, args[0].get(w, l), sizes[t], l)
 	})
 	return nil
 }

@@ -31,8 +31,16 @@ func sources(file string) []string {
 	return append(headers, filepath.Join("../../kernels", file))
 }
 
-// built gives the PTX for compute_80 that lies in the object which make cuda compiled from a file of kernels/, or "" where
-// there is none, or an older one than the file and the headers.
+// architecture is what a file is compiled for: files *_sm90a.cu use what only that has.
+func architecture(file string) string {
+	if strings.HasSuffix(file, "_sm90a.cu") {
+		return "90a"
+	}
+	return "80"
+}
+
+// built gives the PTX that lies in the object which make cuda compiled from a file of kernels/, or "" where
+// there is none, as for sm_90a, or an older one than the file and the headers.
 func built(file string) string {
 	object := filepath.Join("../../.build/cuda", strings.TrimSuffix(file, ".cu")+".o")
 	made, err := os.Stat(object)
@@ -49,14 +57,14 @@ func built(file string) string {
 		return ""
 	}
 	_, ptx, found := strings.Cut(string(text), "\n.version")
-	if !found || strings.Contains(ptx, "\n.version") || !strings.Contains(ptx, "\n.target sm_80\n") {
+	if !found || strings.Contains(ptx, "\n.version") || !strings.Contains(ptx, "\n.target sm_"+architecture(file)+"\n") {
 		return ""
 	}
 	ptx, _, _ = strings.Cut(ptx, "\nFatbin") // machine code of other architectures
 	return ".version" + ptx
 }
 
-// compiled gives the PTX of a file of kernels/ as nvcc makes it for compute_80: that of the plugin which make cuda has built;
+// compiled gives the PTX of a file of kernels/ as nvcc makes it for compute_80 or compute_90a: that of the plugin which make cuda has built;
 // else what was compiled before from the same sources by the same compiler and lies in the user's cache; else it is compiled.
 func compiled(t testing.TB, file string) string {
 	t.Helper()
@@ -97,7 +105,7 @@ func compiled(t testing.TB, file string) string {
 	}
 	dir := t.TempDir()
 	tmp := filepath.Join(dir, "out.ptx")
-	if text, err := exec.Command(cc, "-std=c++20", "-O3", "-ptx", "-arch=compute_80", "-I", "../../kernels",
+	if text, err := exec.Command(cc, "-std=c++20", "-O3", "-ptx", "-arch=compute_"+architecture(file), "-I", "../../kernels",
 		filepath.Join("../../kernels", file), "-o", tmp).CombinedOutput(); err != nil {
 		t.Fatalf("nvcc %s: %v\n%s", file, err, text)
 	}

@@ -1,4 +1,4 @@
-// Package ptx parses and runs the PTX that nvcc emits for compute_80, so that tests see what the compiler made of a kernel, its
+// Package ptx parses and runs the PTX that nvcc emits for compute_80 and compute_90a, so that tests see what the compiler made of a kernel, its
 // inline assembly included, on machines without a GPU. Only tests import it.
 //
 // Model. A warp runs in lock step: of its lanes that can run, those with the lowest program counter take one step, so that lanes
@@ -15,6 +15,13 @@
 // manual gives (2 ulp of ex2, 1 of rcp, about 2^-22 relative of rsqrt and sqrt, 2^-20.5 absolute of sin and cos). mma sums the
 // products of one call in binary64, adds the accumulator and rounds once; hardware rounds or truncates more often, by at most
 // one unit of the last place of the largest term for each addition.
+//
+// Hopper. mbarriers, copies of tensors by TMA and wgmma follow the PTX ISA, not kernels/emu. All that is asynchronous happens as late as
+// it may: copies come when nothing else in a block can go on, the newest first; products are computed when a wait asks for their group. To
+// touch their registers or shared memory before is an error, as are a missing wgmma.fence or fence.proxy.async, an mbarrier with too many
+// arrivals or bytes or whose phase a thread has missed, warps of a warpgroup that differ, descriptors with bits that mean nothing
+// and what is left under way at the end. Tensor maps have a form of their own (TensorMap), since NVIDIA does not document its. Clusters,
+// multicast, base offsets of descriptors and types other than bf16 are not known.
 //
 // An instruction, modifier or type that is not known is an error that names it and its line: nothing is ignored.
 package ptx

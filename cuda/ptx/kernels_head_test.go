@@ -3,6 +3,8 @@ package ptx
 import (
 	"encoding/binary"
 	"math"
+	"math/rand/v2"
+	"sync"
 	"testing"
 
 	"margo/engine"
@@ -16,6 +18,7 @@ type headProblem struct {
 	guidance, noise, ids           *operandOf
 	h, u, f, out                   *operandOf // scratch of the oracle
 	fc1, fc2, b1, b2, normW, normB []*operandOf
+	time, cond, ada, adaB          *operandOf // give mods: adaptive sets them
 	coef                           []engine.StepCoef
 	rng                            engine.RNG
 	state                          uint64
@@ -34,7 +37,7 @@ func newHead(t testing.TB, n, w, c, depth, count int, compute engine.DType, give
 		rng: engine.RNG{Seed: 0x1122334455667788, Purpose: engine.PurposeStepNoise, Step: 17}}
 	h.x, h.ids = p.inout(engine.F32, normal(1), n, c), p.ids(n)
 	h.guidance, h.noise = p.in(engine.F32, uniform(1, 3), n), p.f32(count*n, c)
-	h.mods = p.in(engine.F32, normal(0.3), count*2*n, (3*depth+2)*w)
+	h.mods = p.in(engine.F32, normal(0.3).bf16Of(), count*2*n, (3*depth+2)*w)
 	p.gap = 4
 	weight := normal(1 / math.Sqrt(float64(w)))
 	h.wi, h.bi = p.in(engine.F32, normal(1/math.Sqrt(float64(c))), w, c), p.f32(w)
@@ -104,9 +107,68 @@ func (h *headProblem) finish(s engine.Stream, at func(*operandOf) *engine.Tensor
 	return err
 }
 
-// final are the parameters of head_input and head_final.
-func (h *headProblem) final(residual, next, trace uint64, step int32) []byte {
-	noise := h.noise.at
+// adaptive makes what HeadSteps computes the modulations from, so that they are h.mods to the bit: the sum of time embedding and condition
+// is 32 in one column for each step and row, and so far below 0 elsewhere that SiLU gives 0.
+func (h *headProblem) adaptive(t testing.TB) {
+	t.Helper()
+	const on, off = 32, -500
+	rows := 2 * h.n
+	if h.count*rows > h.w {
+		t.Fatalf("%d steps of %d rows do not fit a width of %d", h.count, rows, h.w)
+	}
+	h.time = h.in(engine.F32, func(_ *rand.Rand, i int) float32 {
+		if i%h.w/rows == i/h.w {
+			return on
+		}
+		return off
+	}, h.count, h.w)
+	h.cond = h.in(engine.F32, func(_ *rand.Rand, i int) float32 {
+		if i%h.w%rows == i/h.w {
+			return 0
+		}
+		return off
+	}, rows, h.w)
+	mods := (3*h.depth + 2) * h.w
+	h.ada = h.in(h.compute, func(_ *rand.Rand, i int) float32 {
+		if col := i % h.w; col < h.count*rows {
+			return math.Float32frombits(h.mods.made[col*mods+i/h.w]) / on
+		}
+		return 0
+	}, mods, h.w)
+	h.adaB = h.in(engine.F32, func(*rand.Rand, int) float32 { return 0 }, mods)
+}
+
+// emulated compares x and trace with HeadSteps, of the oracle and of the emulator, which runs the kernels of a path.
+func (h *headProblem) emulated(t testing.TB, path int, kernel string, trace *operandOf) {
+	t.Helper()
+	if emulator(t, 80) != nil {
+		headPath.Lock()
+		defer headPath.Unlock()
+		emulated[80].SetHeadPath(path)
+	}
+	h.verify(func(s engine.Stream, at func(*operandOf) *engine.Tensor) error {
+		w := &engine.HeadWeights{Input: engine.Matrix{W: at(h.wi), Bias: at(h.bi)}, Final: engine.Matrix{W: at(h.wf), Bias: at(h.bf)},
+			Ada: engine.Matrix{W: at(h.ada), Bias: at(h.adaB)}, Eps: headEps}
+		for i := range h.depth {
+			w.Blocks = append(w.Blocks, engine.HeadBlock{NormWeight: at(h.normW[i]), NormBias: at(h.normB[i]),
+				Fc1: engine.Matrix{W: at(h.fc1[i]), Bias: at(h.b1[i])}, Fc2: engine.Matrix{W: at(h.fc2[i]), Bias: at(h.b2[i])}})
+		}
+		a := engine.HeadStepsArgs{X: at(h.x), Cond: at(h.cond), Time: at(h.time), Weights: w, Steps: h.coef[h.first : h.first+h.count], Guidance: at(h.guidance),
+			IDs: at(h.ids), RNG: h.rng, Temperature: headTemperature, Trace: at(trace)}
+		a.RNG.Step += h.first
+		if h.given {
+			a.Noise = at(h.noise)
+		}
+		return s.HeadSteps(a)
+	})
+	emulatedKernel(t, 80, kernel)
+}
+
+var headPath sync.Mutex // of the emulated device
+
+// final are the parameters of head_input and head_final for step i, whose coefficients are those of a step of the state.
+func (h *headProblem) final(residual, next, trace uint64, i int, step int32) []byte {
+	mods, noise := h.mods.at+uint64(4*i*2*h.n*h.mods.ld), h.noise.at+uint64(4*i*h.n*h.noise.ld)
 	if !h.given {
 		noise = 0
 	}
@@ -116,7 +178,7 @@ func (h *headProblem) final(residual, next, trace uint64, step int32) []byte {
 		}
 		return 0
 	}
-	return args(residual, h.mods.at, int64(h.w), int64(h.mods.ld), h.wf.at, h.bf.at, h.wi.at, h.bi.at, int64(h.wf.ld), int64(h.wi.ld), h.x.at, next,
+	return args(residual, mods, int64(h.w), int64(h.mods.ld), h.wf.at, h.bf.at, h.wi.at, h.bi.at, int64(h.wf.ld), int64(h.wi.ld), h.x.at, next,
 		h.guidance.at, noise, trace, h.ids.at, int64(h.noise.ld), int64(h.c), h.state, step, int32(h.n), int32(h.c), int32(h.w), int32(2),
 		flag(h.w%4 == 0), flag(h.c%4 == 0), float32(headEps))
 }
@@ -125,8 +187,8 @@ func headInputKernel(t testing.TB, m *Module, name string) {
 	for _, d := range [][2]int{{40, 6}, {37, 8}} {
 		h := newHead(t, 3, d[0], d[1], 0, 1, engine.F32, false)
 		y := h.problem.out(engine.F32, 2*h.n, h.w)
-		launch(t, m, h.mem, Launch{Grid: [3]int{h.n}, Block: [3]int{256}, Shared: 4 * h.c, Args: []any{h.final(0, y.at, 0, 0)}}, name)
-		h.verifyOracle(func(s engine.Stream, at func(*operandOf) *engine.Tensor) error { return h.project(s, at, y) })
+		launch(t, m, h.mem, Launch{Grid: [3]int{h.n}, Block: [3]int{256}, Shared: 4 * h.c, Args: []any{h.final(0, y.at, 0, 0, 0)}}, name)
+		h.verify(func(s engine.Stream, at func(*operandOf) *engine.Tensor) error { return h.project(s, at, y) })
 	}
 }
 
@@ -143,8 +205,8 @@ func headFinalKernel(t testing.TB, m *Module, name string) {
 		h.first = 1
 		residual, next, trace := h.f32(2*h.n, h.w), h.problem.out(engine.F32, 2*h.n, h.w), h.problem.out(engine.F32, h.n, h.c)
 		launch(t, m, h.mem, Launch{Grid: [3]int{(h.n + tok - 1) / tok}, Block: [3]int{256}, Shared: 4 * tok * (2*h.w + 5*h.c),
-			Args: []any{h.final(residual.at, next.at, trace.at, 1)}}, name)
-		h.verifyOracle(func(s engine.Stream, at func(*operandOf) *engine.Tensor) error {
+			Args: []any{h.final(residual.at, next.at, trace.at, 0, 1)}}, name)
+		h.verify(func(s engine.Stream, at func(*operandOf) *engine.Tensor) error {
 			err := h.finish(s, at, residual, 0, 0)
 			if err == nil {
 				err = s.Copy(at(trace), at(h.x))
@@ -154,6 +216,17 @@ func headFinalKernel(t testing.TB, m *Module, name string) {
 			}
 			return err
 		})
+
+		// Two steps of a head without blocks, from head_input on: what the emulator's kernels do for HeadSteps.
+		h = newHead(t, 5, d.w, d.c, 0, 2, engine.F32, d.given)
+		h.adaptive(t)
+		trace = h.problem.out(engine.F32, h.count*h.n, h.c)
+		launch(t, m, h.mem, Launch{Grid: [3]int{h.n}, Block: [3]int{256}, Shared: 4 * h.c, Args: []any{h.final(0, h.h.at, 0, 0, 0)}}, "head_input")
+		for i := range h.count {
+			launch(t, m, h.mem, Launch{Grid: [3]int{(h.n + tok - 1) / tok}, Block: [3]int{256}, Shared: 4 * tok * (2*h.w + 5*h.c),
+				Args: []any{h.final(h.h.at, h.h.at, trace.at+uint64(4*i*h.n*h.c), i, int32(i))}}, name)
+		}
+		h.emulated(t, 1, "head_final", trace)
 	}
 }
 
@@ -170,7 +243,7 @@ func headSiLUKernel(t testing.TB, m *Module, name string) {
 		it, ir = append(it, i/r), append(ir, i%r)
 	}
 	ia, ib := p.in(engine.I32, fixed(it...), steps*r), p.in(engine.I32, fixed(ir...), steps*r)
-	p.verifyOracle(func(s engine.Stream, at func(*operandOf) *engine.Tensor) error {
+	p.verify(func(s engine.Stream, at func(*operandOf) *engine.Tensor) error {
 		return s.Rows(engine.RowsArgs{Y: at(y), A: at(time), IA: at(ia), B: at(cond), IB: at(ib), Count: steps * r, Act: engine.SiLU})
 	})
 }
@@ -186,6 +259,7 @@ func headLatencyKernel(t testing.TB, m *Module, name string) {
 		if !given {
 			h.first = 1
 		}
+		h.adaptive(t)
 		trace := h.problem.out(engine.F32, count*tokens, c)
 		var b []byte
 		for i := range 16 {
@@ -217,7 +291,7 @@ func headLatencyKernel(t testing.TB, m *Module, name string) {
 		if e := words(t, h.mem, bad, 1)[0]; e != 0 {
 			t.Errorf("the error word is %#x", e)
 		}
-		h.verifyOracle(func(s engine.Stream, at func(*operandOf) *engine.Tensor) error {
+		h.verify(func(s engine.Stream, at func(*operandOf) *engine.Tensor) error {
 			for i := range count {
 				if err := h.step(s, at, i); err != nil {
 					return err
@@ -228,6 +302,7 @@ func headLatencyKernel(t testing.TB, m *Module, name string) {
 			}
 			return nil
 		})
+		h.emulated(t, 2, "head_latency", trace)
 	}
 }
 

@@ -9,10 +9,10 @@ import (
 
 // Windows of the generic address space.
 const (
-	globalBase  = 0x7f0000000000
-	sharedBase  = 0x600000000000
-	localBase   = 0x500000000000
-	dynamicBase = 1 << 16 // of dynamic shared memory in the shared space; static arrays lie below
+	globalBase = 0x7f0000000000
+	sharedBase = 0x600000000000
+	localBase  = 0x500000000000
+	paramBase  = 0x400000000000
 )
 
 // Memory is global memory: buffers with unused addresses between them.
@@ -107,6 +107,8 @@ func (w *warp) at(space string, addr uint64, n, align, lane int) ([]byte, error)
 			space, addr = "shared", addr-sharedBase
 		case addr >= localBase:
 			space, addr = "local", addr-localBase
+		case addr >= paramBase:
+			space, addr = "param", addr-paramBase
 		default:
 			return nil, fmt.Errorf("generic address %#x points nowhere", addr)
 		}
@@ -118,8 +120,11 @@ func (w *warp) at(space string, addr uint64, n, align, lane int) ([]byte, error)
 	case "shared":
 		mem = w.block.static
 		addr &= 1<<32 - 1
-		if addr >= dynamicBase {
-			mem, addr = w.block.dynamic, addr-dynamicBase
+		if err := w.block.touch(addr, n, false, 0); err != nil {
+			return nil, err
+		}
+		if d := w.block.grid.k.dynamic; addr >= d {
+			mem, addr = w.block.dynamic, addr-d
 		}
 	case "local":
 		mem = w.local[lane]
@@ -132,6 +137,14 @@ func (w *warp) at(space string, addr uint64, n, align, lane int) ([]byte, error)
 		return nil, fmt.Errorf("%s address %#x (%d bytes) is outside its %d bytes", space, addr, n, len(mem))
 	}
 	return mem[addr : addr+uint64(n)], nil
+}
+
+// wrote tells the block of a write that at has allowed.
+func (w *warp) wrote(space string, addr uint64, n, lane int) error {
+	if space == "shared" || space == "" && addr >= sharedBase && addr < globalBase {
+		return w.block.touch(addr&(1<<32-1), n, true, w.block.thread(w, lane))
+	}
+	return nil
 }
 
 func load(b []byte) uint64 {

@@ -24,9 +24,13 @@ type Kernel struct {
 	params []param
 	code   []*instr
 	regs   int
-	bytes  int // of parameters
-	local  int // bytes of local memory of a thread
-	shared int // bytes of static shared memory
+	bytes  int  // of parameters
+	local  int  // bytes of local memory of a thread
+	shared int  // bytes of static shared memory
+	async  bool // uses what only sm_90a has
+
+	dynamic               uint64 // address of dynamic shared memory in its space; static arrays lie below
+	maxThreads, minBlocks int    // launch bounds; 0: none
 }
 
 type param struct {
@@ -57,16 +61,17 @@ type operand struct {
 }
 
 type instr struct {
-	line   int // from 1
-	text   string
-	op     []string // "ld", "global", "f32"
-	args   []operand
-	guard  int // predicate register, or -1
-	unless bool
-	target int   // of bra
-	table  []int // of brx.idx
-	run    func(w *warp, lanes uint32) error
-	all    bool // run waits for all lanes of its mask
+	line    int // from 1
+	text    string
+	op      []string // "ld", "global", "f32"
+	args    []operand
+	guard   int // predicate register, or -1
+	unless  bool
+	target  int   // of bra
+	table   []int // of brx.idx
+	run     func(w *warp, lanes uint32) error
+	all     bool  // run waits for all lanes of its mask
+	touches []int // registers that run reads or writes at once
 }
 
 // Parse reads a module. Kernels are looked at more closely when they are launched.
@@ -151,10 +156,12 @@ type body struct {
 	symbols map[string]uint64 // shared and local arrays, as addresses in their spaces
 	labels  map[string]int
 	tables  map[string][]string
+	scoped  map[string]bool // registers whose names are no %name: those of inline assembly
 }
 
 func (m *Module) parse(name string) (*Kernel, error) {
-	k := &body{Kernel: &Kernel{Name: name}, m: m, names: map[string]int{}, symbols: map[string]uint64{}, labels: map[string]int{}, tables: map[string][]string{}}
+	k := &body{Kernel: &Kernel{Name: name}, m: m, names: map[string]int{}, symbols: map[string]uint64{}, labels: map[string]int{}, tables: map[string][]string{},
+		scoped: map[string]bool{}}
 	span := m.entries[name]
 	i := span[0] + 1
 	for ; i < span[1] && strings.TrimSpace(m.lines[i]) != "{"; i++ {
@@ -163,6 +170,21 @@ func (m *Module) parse(name string) (*Kernel, error) {
 			if err := k.param(line); err != nil {
 				return nil, fmt.Errorf("ptx: %s, line %d: %w", name, i+1, err)
 			}
+			continue
+		}
+		f := strings.FieldsFunc(line, func(r rune) bool { return r == ' ' || r == ',' || r == '\t' })
+		var n [3]int
+		for j := 1; j < len(f) && j <= 3; j++ {
+			n[j-1], _ = strconv.Atoi(f[j])
+		}
+		switch {
+		case line == "" || line == ")":
+		case f[0] == ".maxntid":
+			k.maxThreads = n[0] * max(n[1], 1) * max(n[2], 1)
+		case f[0] == ".minnctapersm":
+			k.minBlocks = n[0]
+		default:
+			return nil, fmt.Errorf("ptx: %s, line %d: not known before a kernel's body: %s", name, i+1, line)
 		}
 	}
 	statement, first := "", 0
@@ -196,10 +218,17 @@ func (m *Module) parse(name string) (*Kernel, error) {
 			statement = strings.Trim(statement[end+1:], " \t}")
 		}
 	}
+	k.dynamic = uint64(k.shared+1023)/1024*1024 + 1024 // sm_90 keeps the first KiB
 	for _, in := range k.code {
 		if err := k.link(in); err != nil {
 			return nil, fmt.Errorf("ptx: %s, line %d: %s: %w", name, in.line, in.text, err)
 		}
+	}
+	for _, in := range k.code {
+		if in.touches = in.registers(); in.op[0] == "wgmma" {
+			in.touches = nil // says itself what it does
+		}
+		k.async = k.async || in.op[0] == "wgmma" || in.op[0] == "mbarrier" || in.op[0] == "setmaxnreg"
 	}
 	k.regs = len(k.names)
 	return k.Kernel, nil
@@ -240,7 +269,12 @@ func (k *body) param(line string) error {
 
 func (k *body) statement(s string, line int) error {
 	switch f := strings.Fields(s); {
-	case strings.HasPrefix(f[0], ".reg"), strings.HasPrefix(f[0], ".pragma"):
+	case strings.HasPrefix(f[0], ".reg"):
+		if name := f[len(f)-1]; name[0] != '%' {
+			k.scoped[name] = true
+		}
+		return nil
+	case strings.HasPrefix(f[0], ".pragma"):
 		return nil
 	case f[0] == ".local" || f[0] == ".shared":
 		align, _ := strconv.Atoi(f[2])
@@ -341,6 +375,13 @@ func (k *body) operand(s string) (operand, error) {
 	case s[0] == '[':
 		o.kind = address
 		base, offset := strings.TrimSpace(s[1:len(s)-1]), ""
+		if parts := splitArgs(base); len(parts) == 2 { // of a tensor: [map, {x, y}]
+			e, err := k.operand(parts[1])
+			if err != nil || e.kind != vector {
+				return o, fmt.Errorf("%s is no address", s)
+			}
+			base, o.vec = parts[0], e.vec
+		}
 		if p := strings.IndexByte(base, '+'); p >= 0 {
 			base, offset = base[:p], base[p+1:]
 		}
@@ -363,7 +404,7 @@ func (k *body) operand(s string) (operand, error) {
 	case isSpecial(s):
 		o.kind = special
 		return o, nil
-	case s[0] == '%' || s == "_":
+	case s[0] == '%' || s == "_" || strings.HasPrefix(s, "_|") || k.scoped[s]:
 		if p, q, ok := strings.Cut(s, "|"); ok {
 			o.reg, o.second = k.reg(p), k.reg(q)
 		} else {
@@ -417,7 +458,7 @@ func (k *body) link(in *instr) error {
 		}
 		at, ok := k.symbols[o.name]
 		if !ok && k.m.dynamic[o.name] {
-			at, ok = dynamicBase, true
+			at, ok = k.dynamic, true
 		}
 		for _, p := range k.params {
 			if p.name == o.name {
@@ -438,6 +479,30 @@ func (k *body) link(in *instr) error {
 		o.value += at
 	}
 	return build(in)
+}
+
+// registers are all that an instruction names.
+func (in *instr) registers() []int {
+	var out []int
+	var add func(o *operand)
+	add = func(o *operand) {
+		if o.kind == register || o.kind == address && o.reg >= 0 {
+			out = append(out, o.reg)
+		}
+		if o.second >= 0 {
+			out = append(out, o.second)
+		}
+		for i := range o.vec {
+			add(&o.vec[i])
+		}
+	}
+	for i := range in.args {
+		add(&in.args[i])
+	}
+	if in.guard >= 0 {
+		out = append(out, in.guard)
+	}
+	return out
 }
 
 func f32(bits uint64) float32 { return math.Float32frombits(uint32(bits)) }

@@ -24,6 +24,7 @@ type problem struct {
 	t   testing.TB
 	mem *Memory
 	gap int // elements between the rows of operands made from now on: 0xff, which nobody may change
+	cc  int // compute capability of the emulator: 0 is 80
 	all []*operandOf
 }
 
@@ -231,15 +232,7 @@ func (p *problem) compute(dev engine.Device, rep int, f call) [][]float64 {
 // products and sums that the host's compiler does not, and exp and its like are other libraries'.
 func (p *problem) verify(f call) {
 	p.t.Helper()
-	if err := p.disagreement(f, true); err != nil {
-		p.t.Fatal(err)
-	}
-}
-
-// verifyOracle leaves the emulator out: for kernels of which f is a composition, not the op.
-func (p *problem) verifyOracle(f call) {
-	p.t.Helper()
-	if err := p.disagreement(f, false); err != nil {
+	if err := p.disagreement(f); err != nil {
 		p.t.Fatal(err)
 	}
 }
@@ -247,7 +240,7 @@ func (p *problem) verifyOracle(f call) {
 // disagreement is the first difference from the oracle that is larger than the limit of the table in engine/conformance: twice the
 // oracle's own distance when it rounds every operation as a device would, from at least 4096 elements of other random numbers, and
 // one rounding of the output.
-func (p *problem) disagreement(f call, emulate bool) error {
+func (p *problem) disagreement(f call) error {
 	p.t.Helper()
 	var outputs []*operandOf
 	least := math.MaxInt
@@ -295,8 +288,8 @@ func (p *problem) disagreement(f call, emulate bool) error {
 			}
 		}
 	}
-	dev := emulator(p.t)
-	if !emulate || dev == nil {
+	dev := emulator(p.t, p.cc)
+	if dev == nil {
 		return nil
 	}
 	equal, all := 0, 0
@@ -316,28 +309,54 @@ func (p *problem) disagreement(f call, emulate bool) error {
 }
 
 var (
-	emulated     *cuda.Device
+	emulated     map[int]*cuda.Device // by compute capability
 	emulatedOnce sync.Once
 	emulatedErr  error
 )
 
-// emulator opens the emulated plugin, if one was built. In CI it was. One of other sources is an error.
-func emulator(t testing.TB) engine.Device {
-	t.Helper()
-	emulatedOnce.Do(func() {
-		if os.Getenv("MARGO_EMU_PLUGIN") == "" {
-			path, err := filepath.Abs("../../bin/libmargo_emu.so")
-			if err == nil {
-				_, err = os.Stat(path)
-			}
-			if err != nil {
-				emulatedErr = err
-				return
-			}
-			os.Setenv("MARGO_EMU_PLUGIN", path)
+// openEmulators opens the emulated plugin as a device of 8.0 and, for the kernels that only Hopper runs, a copy of it as one of 9.0: the
+// emulator is one kind of device in a process.
+func openEmulators() error {
+	path := os.Getenv("MARGO_EMU_PLUGIN")
+	if path == "" {
+		var err error
+		if path, err = filepath.Abs("../../bin/libmargo_emu.so"); err != nil {
+			return err
 		}
-		emulated, emulatedErr = cuda.Open("emu:0", cuda.Options{Poison: true})
-	})
+	}
+	whole, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	dir, err := os.MkdirTemp("", "margo-ptx")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir) // an open library needs no name
+	again := filepath.Join(dir, "libmargo_emu.so")
+	if err := os.WriteFile(again, whole, 0o755); err != nil {
+		return err
+	}
+	emulated = map[int]*cuda.Device{}
+	for _, e := range []struct {
+		cc   int
+		path string
+	}{{80, path}, {90, again}} {
+		os.Setenv("MARGO_EMU_PLUGIN", e.path)
+		os.Setenv("MARGO_EMU_CC", strconv.Itoa(e.cc))
+		d, err := cuda.Open("emu:0", cuda.Options{Poison: true})
+		if err != nil {
+			return err
+		}
+		emulated[e.cc] = d
+	}
+	return nil
+}
+
+// emulator gives the emulated device of a compute capability (0: 80), if the plugin was built. In CI it was. One of other sources is an error.
+func emulator(t testing.TB, cc int) engine.Device {
+	t.Helper()
+	emulatedOnce.Do(func() { emulatedErr = openEmulators() })
 	if emulatedErr != nil {
 		if os.Getenv("MARGO_NVCC_REQUIRED") != "" || !errors.Is(emulatedErr, fs.ErrNotExist) {
 			t.Fatalf("no emulated plugin: make emu builds one (%v)", emulatedErr)
@@ -345,7 +364,10 @@ func emulator(t testing.TB) engine.Device {
 		t.Logf("NOT COMPARED with emulation: make emu builds the plugin (%v)", emulatedErr)
 		return nil
 	}
-	return emulated
+	if cc == 0 {
+		cc = 80
+	}
+	return emulated[cc]
 }
 
 // template reads what the mangled name of a kernel says of its arguments: types as f32, bf16, u32, u16, i32, numbers and truth

@@ -32,14 +32,17 @@ type block struct {
 	warps           []*warp
 	threads         int
 	arrived         map[int]int // barrier → threads
+	async           asyncState
+	issued          [][]issue // by warpgroup
 }
 
 type laneState int
 
 const (
-	running laneState = iota
-	waiting           // at a collective: others of its mask have not come
-	barred            // at a barrier of the block
+	running  laneState = iota
+	waiting            // at a collective: others of its mask have not come
+	barred             // at a barrier of the block
+	sleeping           // at an mbarrier, or for registers
 	exited
 )
 
@@ -56,11 +59,23 @@ type warp struct {
 	regs   []uint64 // reg·32 + lane
 	pc     [32]int
 	state  [32]laneState
-	bar    [32]int
+	bar    [32]int // what a barred or sleeping lane waits for
 	local  [32][]byte
 	yields bool              // its turn is over
 	issued [32][]copyAsync   // of no group yet
 	groups [32][][]copyAsync // committed, oldest first
+
+	// Of sm_90a.
+	tried         uint32     // lanes whose last wait for an mbarrier failed
+	fences        [32]uint16 // of the asynchronous proxy
+	registers     int        // of a thread
+	products      []product  // under way, oldest first
+	productGroups []int      // committed groups, oldest first: how many products lie before their end
+	issuedCount   int
+	epoch         int    // wgmma.fence so far
+	touched       []int  // register → epoch of the last ordinary access
+	busy          []bool // register → part of a product under way
+	roles         []int  // register → N of the product whose accumulator it is, -1 in A
 }
 
 // Run launches a kernel on mem. What goes wrong is an error with kernel, line, block and thread.
@@ -141,6 +156,7 @@ func (g *grid) newBlock(id [3]int) *block {
 	b := &block{grid: g, id: id, static: g.poison(g.k.shared), dynamic: g.poison(g.launch.Shared), arrived: map[int]int{}}
 	d := g.launch.Block
 	b.threads = d[0] * d[1] * d[2]
+	b.issued = make([][]issue, (b.threads+127)/128)
 	for i := 0; i < b.threads; i += 32 {
 		w := &warp{block: b, index: i / 32, regs: make([]uint64, g.k.regs*32)}
 		for r := range w.regs {
@@ -152,6 +168,9 @@ func (g *grid) newBlock(id [3]int) *block {
 			}
 			w.local[l] = poisoned(g.k.local)
 		}
+		if g.k.async {
+			w.registers, w.touched, w.busy, w.roles = g.k.registers(b), make([]int, g.k.regs), make([]bool, g.k.regs), make([]int, g.k.regs)
+		}
 		b.warps = append(b.warps, w)
 	}
 	return b
@@ -161,7 +180,7 @@ func (g *grid) newBlock(id [3]int) *block {
 func run(blocks []*block) error {
 	const turn = 2000
 	for {
-		done, moved := true, false
+		done, moved, spun := true, false, false
 		for _, b := range blocks {
 			for _, w := range b.warps {
 				for range turn {
@@ -172,19 +191,34 @@ func run(blocks []*block) error {
 					if !ok {
 						break
 					}
-					moved = true
 					if w.yields {
-						w.yields = false
+						spun, w.yields = true, false
 						break
 					}
+					moved = true
 				}
 				done = done && w.live() == 0
 			}
 		}
 		if done {
+			for _, b := range blocks {
+				if err := b.finished(); err != nil {
+					return err
+				}
+			}
 			return nil
 		}
-		if !moved {
+		if moved {
+			continue
+		}
+		for _, b := range blocks {
+			came, err := b.complete()
+			if err != nil {
+				return err
+			}
+			spun = spun || came
+		}
+		if !spun {
 			return fmt.Errorf("deadlock: %s", stuck(blocks))
 		}
 	}
@@ -194,9 +228,14 @@ func stuck(blocks []*block) string {
 	for _, b := range blocks {
 		for _, w := range b.warps {
 			for l := range 32 {
-				if w.state[l] != exited {
-					return fmt.Sprintf("first of those that wait: block %v, thread %d, %s", b.id, w.index*32+l, w.where(l))
+				if w.state[l] == exited {
+					continue
 				}
+				s := fmt.Sprintf("first of those that wait: block %v, thread %d, %s", b.id, w.index*32+l, w.where(l))
+				if m := b.async.barriers[uint64(w.bar[l])]; m != nil && w.state[l] == sleeping {
+					s += fmt.Sprintf(" (phase %d lacks %d arrivals and %d bytes)", m.phase, m.pending, m.bytes)
+				}
+				return s
 			}
 		}
 	}
@@ -270,12 +309,24 @@ func (w *warp) step() (bool, error) {
 		}
 		lanes |= act
 	}
+	if act != 0 && g.k.async {
+		for _, r := range in.touches {
+			if w.busy[r] {
+				return false, fmt.Errorf("line %d: %s: block %v, warp %d: a register of a product that nobody waited for", in.line, in.text, w.block.id, w.index)
+			}
+			w.touched[r] = w.epoch
+		}
+	}
 	if act != 0 {
 		err := in.run(w, act)
-		if err == errLanesMissing {
+		if err == errLanesMissing || err == errAsleep {
+			state := waiting
+			if err == errAsleep {
+				state = sleeping
+			}
 			for l := range 32 {
 				if act>>l&1 != 0 {
-					w.state[l] = waiting
+					w.state[l] = state
 				} else if lanes>>l&1 != 0 {
 					w.pc[l]++
 				}

@@ -15,6 +15,7 @@ var collectives map[string]func(in *instr, mods []string, t string) error
 func init() {
 	collectives = map[string]func(in *instr, mods []string, t string) error{
 		"shfl": shfl, "vote": vote, "activemask": activemask, "bar": barrier, "barrier": barrier, "cp": cpAsync, "ldmatrix": ldmatrix, "mma": mma,
+		"mbarrier": mbarrierOp, "prefetch": prefetch, "wgmma": wgmma, "setmaxnreg": setmaxnreg, "elect": elect,
 	}
 }
 
@@ -173,6 +174,9 @@ func cpAsync(in *instr, mods []string, t string) error {
 	if len(mods) < 2 || mods[0] != "async" {
 		return errUnknown
 	}
+	if mods[1] == "bulk" {
+		return bulkTensor(in)
+	}
 	if mods[1] != "ca" && mods[1] != "cg" && (len(mods) != 2 || t != "") {
 		return errUnknown
 	}
@@ -245,15 +249,14 @@ func (w *warp) copy(c copyAsync, lane int) error {
 		return err
 	}
 	clear(dst)
-	if c.bytes == 0 {
-		return nil
+	if c.bytes > 0 {
+		src, err := w.at("", c.src, c.bytes, 1, lane)
+		if err != nil {
+			return err
+		}
+		copy(dst, src)
 	}
-	src, err := w.at("", c.src, c.bytes, 1, lane)
-	if err != nil {
-		return err
-	}
-	copy(dst, src)
-	return nil
+	return w.wrote("shared", c.dst, c.size, lane)
 }
 
 // ldmatrix: lane l gives row l%8 of matrix l/8; lane l receives elements 2(l%4), +1 of row l/4, with trans of column l/4.
