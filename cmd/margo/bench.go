@@ -14,7 +14,6 @@ import (
 	"margo/engine"
 	"margo/engine/atomicfile"
 	"margo/engine/diffusion"
-	"margo/engine/sample"
 )
 
 func benchCommand() *cli.Command {
@@ -143,28 +142,16 @@ func readBenchFlags(c *cli.Context) (*benchJob, error) {
 	for _, f := range []struct {
 		name      string
 		low, high int
-	}{{"max-timestep", 1, 999}, {"subset", 1, 1 << 20}, {"reps", 1, 1000}, {"threads", 1, 4096}} {
+	}{{"subset", 1, 1 << 20}, {"reps", 1, 1000}, {"threads", 1, 4096}} {
 		if err := inRange(c, f.name, f.low, f.high); err != nil {
 			return nil, err
 		}
 	}
-	if v := c.Float64("cfg"); !(v >= 0 && v <= 1e4) {
-		return nil, usagef("--cfg is %g, it must be between 0 and 10000", v)
+	if err := checkSampling(c); err != nil {
+		return nil, err
 	}
 	if err := oneOf(c, "format", bench.Formats...); err != nil {
 		return nil, err
-	}
-	if c.IsSet("cfg-schedule") {
-		if err := oneOf(c, "cfg-schedule", sample.Linear, sample.Constant); err != nil {
-			return nil, err
-		}
-	}
-	for name, allowed := range map[string][]string{"sampler": {sample.DDPM, sample.DDIM}, "cfg-channels": {sample.GuideThree, sample.GuideAll}} {
-		if c.IsSet(name) {
-			if err := oneOf(c, name, allowed...); err != nil {
-				return nil, err
-			}
-		}
 	}
 	for _, name := range []string{"out", "plot", "from"} {
 		if c.IsSet(name) && c.String(name) == "" {

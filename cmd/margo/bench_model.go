@@ -129,7 +129,7 @@ func (j *benchJob) subject(name string) (*subject, error) {
 			}
 		}
 	}
-	j.settings(&s.info.Sampling)
+	setSampling(j.c, &s.info.Sampling)
 	if s.kind == bench.KindDiT {
 		err = j.ditWork(s)
 	} else {
@@ -152,28 +152,12 @@ func (j *benchJob) subject(name string) (*subject, error) {
 	return s, nil
 }
 
-// settings puts what flags say over the model's own; what is for another kind of model
-// is not looked at.
-func (j *benchJob) settings(p *checkpoint.Sampling) {
-	if j.c.IsSet("max-timestep") {
-		p.MaxTimestep = j.c.Int("max-timestep")
-	}
-	if j.c.IsSet("cfg") {
-		p.CFG = j.c.Float64("cfg")
-	}
-	for name, at := range map[string]*string{"cfg-schedule": &p.CFGSchedule, "sampler": &p.Sampler, "cfg-channels": &p.CFGChannels} {
-		if j.c.IsSet(name) {
-			*at = j.c.String(name)
-		}
-	}
-}
-
 // marWork checks and takes over the settings of a MAR or AR.
 func (j *benchJob) marWork(s *subject) error {
 	p, m := s.info.Sampling, s.info.MAR
 	for _, n := range orDefault(j.headSteps, p.HeadSteps) {
-		if n > p.MaxTimestep+1 {
-			return usagef("%d head steps don't fit into timesteps 0 to %d: lower --head-steps or raise --max-timestep", n, p.MaxTimestep)
+		if err := stepsFit(n, p.MaxTimestep); err != nil {
+			return err
 		}
 	}
 	if len(j.modes) > 0 && m.HeadKind() != checkpoint.DiffusionHead {

@@ -11,6 +11,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"margo/engine/checkpoint"
+	"margo/engine/sample"
 )
 
 // Flags that several commands share.
@@ -67,6 +68,53 @@ func inRange(c *cli.Context, name string, low, high int) error {
 			return usagef("%s is %d, it must be at least %d", dashed(name), v, low)
 		}
 		return usagef("%s is %d, it must be between %d and %d", dashed(name), v, low, high)
+	}
+	return nil
+}
+
+// checkSampling checks the settings of a generator that sample and bench have, as far as
+// they were given; ranges of the others are the commands' own.
+func checkSampling(c *cli.Context) error {
+	for _, name := range []string{"cfg", "temperature"} {
+		if v := c.Float64(name); !(v >= 0 && v <= 1e4) {
+			return usagef("--%s is %g, it must be between 0 and 10000", name, v)
+		}
+	}
+	for _, f := range []struct {
+		name    string
+		allowed []string
+	}{{"cfg-schedule", []string{sample.Linear, sample.Constant}}, {"sampler", []string{sample.DDPM, sample.DDIM}}, {"cfg-channels", []string{sample.GuideThree, sample.GuideAll}}} {
+		if c.IsSet(f.name) {
+			if err := oneOf(c, f.name, f.allowed...); err != nil {
+				return err
+			}
+		}
+	}
+	return inRange(c, "max-timestep", 1, 999)
+}
+
+// setSampling puts those that were given over a model's own; what is for another kind of
+// model is not looked at.
+func setSampling(c *cli.Context, s *checkpoint.Sampling) {
+	if c.IsSet("max-timestep") {
+		s.MaxTimestep = c.Int("max-timestep")
+	}
+	for name, at := range map[string]*float64{"cfg": &s.CFG, "temperature": &s.Temperature} {
+		if c.IsSet(name) {
+			*at = c.Float64(name)
+		}
+	}
+	for name, at := range map[string]*string{"cfg-schedule": &s.CFGSchedule, "sampler": &s.Sampler, "cfg-channels": &s.CFGChannels} {
+		if c.IsSet(name) {
+			*at = c.String(name)
+		}
+	}
+}
+
+// stepsFit refuses more head steps than there are timesteps for.
+func stepsFit(steps, maxTimestep int) error {
+	if steps > maxTimestep+1 {
+		return usagef("%d head steps don't fit into timesteps 0 to %d: lower --head-steps or raise --max-timestep", steps, maxTimestep)
 	}
 	return nil
 }

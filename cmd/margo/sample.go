@@ -346,23 +346,14 @@ func readSampleFlags(c *cli.Context) (*job, error) {
 		low, high int
 	}{
 		{"n", 1, math.MaxInt32}, {"first-index", 0, math.MaxInt32}, {"iters", 1, 1 << 20}, {"head-steps", 2, 1000},
-		{"max-timestep", 1, 999}, {"batch", 1, 1 << 16}, {"threads", 1, 4096},
+		{"batch", 1, 1 << 16}, {"threads", 1, 4096},
 	} {
 		if err := inRange(c, f.name, f.low, f.high); err != nil {
 			return nil, err
 		}
 	}
-	for _, name := range []string{"cfg", "temperature"} {
-		if v := c.Float64(name); !(v >= 0 && v <= 1e4) {
-			return nil, usagef("--%s is %g, it must be between 0 and 10000", name, v)
-		}
-	}
-	for name, allowed := range map[string][]string{"cfg-schedule": {"linear", "constant"}, "sampler": {"ddpm", "ddim"}, "cfg-channels": {"3", "all"}} {
-		if c.IsSet(name) {
-			if err := oneOf(c, name, allowed...); err != nil {
-				return nil, err
-			}
-		}
+	if err := checkSampling(c); err != nil {
+		return nil, err
 	}
 	if v := c.Float64("eta"); !(v >= 0 && v <= 1) {
 		return nil, usagef("--eta is %g, it must be between 0 and 1", v)
@@ -447,10 +438,9 @@ func (j *job) resolve(c *cli.Context, info *checkpoint.Model) error {
 	if err := j.resolveDraw(c, info.MAR); err != nil {
 		return err
 	}
-	for name, p := range map[string]*string{"steps": &s.Steps, "sampler": &s.Sampler, "cfg-channels": &s.CFGChannels} {
-		if c.IsSet(name) {
-			*p = c.String(name)
-		}
+	setSampling(c, s)
+	if c.IsSet("steps") {
+		s.Steps = c.String("steps")
 	}
 	if c.IsSet("eta") {
 		s.Eta = c.Float64("eta")
@@ -460,21 +450,13 @@ func (j *job) resolve(c *cli.Context, info *checkpoint.Model) error {
 	if s.Eta != 0 && s.Sampler != "ddim" {
 		return usagef("--eta is for --sampler ddim; ddpm has a learned variance")
 	}
-	for name, p := range map[string]*int{"iters": &s.Iters, "head-steps": &s.HeadSteps, "max-timestep": &s.MaxTimestep} {
+	for name, p := range map[string]*int{"iters": &s.Iters, "head-steps": &s.HeadSteps} {
 		if c.IsSet(name) {
 			*p = c.Int(name)
 		}
 	}
-	for name, p := range map[string]*float64{"cfg": &s.CFG, "temperature": &s.Temperature} {
-		if c.IsSet(name) {
-			*p = c.Float64(name)
-		}
-	}
-	if c.IsSet("cfg-schedule") {
-		s.CFGSchedule = c.String("cfg-schedule")
-	}
-	if s.HeadSteps > s.MaxTimestep+1 {
-		return usagef("%d head steps don't fit into timesteps 0 to %d: lower --head-steps or raise --max-timestep", s.HeadSteps, s.MaxTimestep)
+	if err := stepsFit(s.HeadSteps, s.MaxTimestep); err != nil {
+		return err
 	}
 	switch {
 	case c.Bool("uncond"):
