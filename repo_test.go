@@ -72,6 +72,7 @@ var allowed = map[string][]string{
 	"cpu":                {"engine"},
 	"cuda":               {"engine", "engine/atomicfile"},
 	"cuda/ptx":           {},
+	"engine/testkit":     {"engine", "engine/checkpoint", "engine/load", "engine/mar"},
 	"engine/atomicfile":  {"engine"},
 	"engine/checkpoint":  {"engine", "engine/atomicfile"},
 	"engine/load":        {"engine", "engine/checkpoint"},

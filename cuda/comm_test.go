@@ -3,10 +3,8 @@ package cuda
 import (
 	"bytes"
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
-	"math"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -17,6 +15,7 @@ import (
 
 	"margo/engine"
 	"margo/engine/dist"
+	"margo/engine/testkit"
 )
 
 // unheard is a Rendezvous that agrees to everything, so that what ranks disagree about
@@ -50,7 +49,7 @@ func commDevices(t *testing.T, n int) []*Device {
 // agree about calls before NCCL hears of them.
 func asComm(t *testing.T, devices []*Device, limit time.Duration, heard bool, f func(c *Comm, s *Stream) error) []error {
 	t.Helper()
-	addr := freeAddr(t)
+	addr := testkit.FreeAddr(t)
 	errs := make([]error, len(devices))
 	var wg sync.WaitGroup
 	for r, d := range devices {
@@ -94,55 +93,6 @@ func fine(t *testing.T, errs []error) {
 	}
 }
 
-// commValue has sums that depend on their order.
-func commValue(rank, i int) float32 {
-	return float32(math.Ldexp(float64(1+(i*7+rank*13)%17), (i*5+rank*11)%40-20)) * float32(1-2*((i+rank)%2))
-}
-
-// commBytes are n elements of a rank.
-func commBytes(d engine.DType, rank, n int) []byte {
-	var b []byte
-	for i := range n {
-		switch d {
-		case engine.F32:
-			b = binary.LittleEndian.AppendUint32(b, math.Float32bits(commValue(rank, i)))
-		case engine.BF16:
-			b = binary.LittleEndian.AppendUint16(b, engine.ToBF16(commValue(rank, i)))
-		default:
-			b = binary.LittleEndian.AppendUint32(b, uint32(i+1)*uint32(1_000_003+rank*0x3fffffff))
-		}
-	}
-	return b
-}
-
-// commSum is ((t_0 + t_1) + t_2) + …, as engine.Comm says.
-func commSum(d engine.DType, size, n int) []byte {
-	var b []byte
-	for i := range n {
-		switch d {
-		case engine.F32:
-			v := commValue(0, i)
-			for r := 1; r < size; r++ {
-				v += commValue(r, i)
-			}
-			b = binary.LittleEndian.AppendUint32(b, math.Float32bits(v))
-		case engine.BF16:
-			v := engine.FromBF16(engine.ToBF16(commValue(0, i)))
-			for r := 1; r < size; r++ {
-				v += engine.FromBF16(engine.ToBF16(commValue(r, i)))
-			}
-			b = binary.LittleEndian.AppendUint16(b, engine.ToBF16(v))
-		default:
-			var v uint32
-			for r := range size {
-				v += uint32(i+1) * uint32(1_000_003+r*0x3fffffff)
-			}
-			b = binary.LittleEndian.AppendUint32(b, v)
-		}
-	}
-	return b
-}
-
 // collectives sums and broadcasts on one rank and compares: several tensors of every
 // dtype in a call, an empty one and one of several chunks among them, after work that is
 // still enqueued.
@@ -161,7 +111,7 @@ func collectives(c *Comm, s *Stream) error {
 		defer b.Free()
 		tensors = append(tensors, engine.NewTensor(b, 0, p.d, p.n))
 		twice = append(twice, engine.NewTensor(b, max(bytes, 4), p.d, p.n))
-		if err := s.CopyIn(tensors[len(tensors)-1], commBytes(p.d, c.Rank(), p.n)); err != nil {
+		if err := s.CopyIn(tensors[len(tensors)-1], testkit.Numbers(p.d, c.Rank(), p.n)); err != nil {
 			return err
 		}
 	}
@@ -178,10 +128,10 @@ func collectives(c *Comm, s *Stream) error {
 		if err := errors.Join(s.CopyOut(sum, twice[i]), s.CopyOut(last, tensors[i])); err != nil {
 			return err
 		}
-		if !bytes.Equal(last, commBytes(p.d, c.Size()-1, p.n)) {
+		if !bytes.Equal(last, testkit.Numbers(p.d, c.Size()-1, p.n)) {
 			return fmt.Errorf("tensor %d is not that of rank %d", i, c.Size()-1)
 		}
-		if !bytes.Equal(sum, commSum(p.d, c.Size(), p.n)) {
+		if !bytes.Equal(sum, testkit.Sum(p.d, c.Size(), p.n)) {
 			return fmt.Errorf("tensor %d is not the sum in the order of ranks", i)
 		}
 	}
@@ -213,7 +163,7 @@ func TestCommProcesses(t *testing.T) {
 		}
 		return
 	}
-	addr := freeAddr(t)
+	addr := testkit.FreeAddr(t)
 	dir := t.TempDir()
 	var wg sync.WaitGroup
 	for r := range 2 {

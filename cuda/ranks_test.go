@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"math"
-	"net"
 	"slices"
 	"sync"
 	"testing"
@@ -16,23 +15,13 @@ import (
 	"margo/engine"
 	"margo/engine/dist"
 	"margo/engine/sample"
+	"margo/engine/testkit"
 )
-
-// freeAddr is an address of this machine where nobody listens.
-func freeAddr(t *testing.T) string {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return l.Addr().String()
-}
 
 // asRanks runs f as every rank of a group of ranks with a device each.
 func asRanks(t *testing.T, size int, f func(rank *dist.Group, p dist.Place, d *Device) error) {
 	t.Helper()
-	addr := freeAddr(t)
+	addr := testkit.FreeAddr(t)
 	devices, errs := make([]*Device, size), make([]error, size)
 	for r := range devices {
 		devices[r] = testDevice(t)

@@ -7,10 +7,8 @@ import (
 	"testing"
 
 	"margo/engine"
-	"margo/engine/checkpoint"
-	weights "margo/engine/load"
-	"margo/engine/mar"
 	"margo/engine/sample"
+	"margo/engine/testkit"
 	"margo/engine/verify"
 )
 
@@ -21,23 +19,7 @@ func golden(name string) string {
 // openSampler makes a sampler of the trained tiny MAR.
 func openSampler(t *testing.T, d *Device, dt engine.DType) *sample.Engine {
 	t.Helper()
-	f, err := checkpoint.Open(golden("mar_tiny_trained"), checkpoint.OpenOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { f.Close() })
-	cfg, err := checkpoint.InferMAR(f, checkpoint.MAROptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	m, err := mar.New(cfg)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := weights.Bind(engine.Params(m), f, d, dt, weights.Options{}); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { weights.Free(engine.Params(m)) })
+	m := testkit.LoadMAR(t, golden("mar_tiny_trained"), d, dt)
 	e, err := sample.Open(m, nil, d, sample.Options{Compute: dt})
 	if err != nil {
 		t.Fatal(err)

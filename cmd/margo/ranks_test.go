@@ -2,7 +2,6 @@ package main
 
 import (
 	"fmt"
-	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -11,17 +10,13 @@ import (
 	"testing"
 
 	"margo/engine/dist"
+	"margo/engine/testkit"
 )
 
 // runRanks runs sample as every rank of a group in one folder.
 func runRanks(t *testing.T, size int, args func(rank int) []string) (codes []int, errs []string) {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	addr := l.Addr().String()
-	l.Close()
+	addr := testkit.FreeAddr(t)
 	codes, errs = make([]int, size), make([]string, size)
 	var wg sync.WaitGroup
 	for r := range size {

@@ -3,10 +3,8 @@ package dist
 import (
 	"bytes"
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
-	"math"
 	"net"
 	"strings"
 	"sync"
@@ -15,23 +13,13 @@ import (
 
 	"margo/engine"
 	"margo/engine/ref"
+	"margo/engine/testkit"
 )
-
-// freeAddr is an address where nothing listens.
-func freeAddr(t *testing.T) string {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return l.Addr().String()
-}
 
 // together runs f as every rank of a group and returns what it returned for each.
 func together(t *testing.T, size int, limit time.Duration, f func(g *Group) error) []error {
 	t.Helper()
-	addr, errs := freeAddr(t), make([]error, size)
+	addr, errs := testkit.FreeAddr(t), make([]error, size)
 	var wg sync.WaitGroup
 	for r := range size {
 		wg.Add(1)
@@ -62,51 +50,11 @@ func allFine(t *testing.T, errs []error) {
 // bit, and on all ranks.
 func TestAllReduceIsTheSumInOrderOfRanks(t *testing.T) {
 	const n = 1000
-	value := func(rank, i int) float32 {
-		return float32(math.Ldexp(float64(1+(i*7+rank*13)%17), (i*5+rank*11)%40-20)) * float32(1-2*((i+rank)%2))
-	}
 	dev := ref.New(ref.Exact)
 	defer dev.Close()
 	for _, size := range []int{1, 2, 4} {
 		for _, d := range []engine.DType{engine.F32, engine.BF16, engine.I32} {
-			numbers := func(rank int) []byte {
-				var b []byte
-				for i := range n {
-					switch d {
-					case engine.F32:
-						b = binary.LittleEndian.AppendUint32(b, math.Float32bits(value(rank, i)))
-					case engine.BF16:
-						b = binary.LittleEndian.AppendUint16(b, engine.ToBF16(value(rank, i)))
-					default:
-						b = binary.LittleEndian.AppendUint32(b, uint32((rank+1)*(i+1)*123456789))
-					}
-				}
-				return b
-			}
-			var want []byte
-			for i := range n {
-				var f float32
-				var u uint32
-				for r := range size {
-					b := numbers(r)
-					switch d {
-					case engine.F32:
-						f += math.Float32frombits(binary.LittleEndian.Uint32(b[4*i:]))
-					case engine.BF16:
-						f += engine.FromBF16(binary.LittleEndian.Uint16(b[2*i:]))
-					default:
-						u += binary.LittleEndian.Uint32(b[4*i:])
-					}
-				}
-				switch d {
-				case engine.F32:
-					want = binary.LittleEndian.AppendUint32(want, math.Float32bits(f))
-				case engine.BF16:
-					want = binary.LittleEndian.AppendUint16(want, engine.ToBF16(f))
-				default:
-					want = binary.LittleEndian.AppendUint32(want, u)
-				}
-			}
+			numbers, want := func(rank int) []byte { return testkit.Numbers(d, rank, n) }, testkit.Sum(d, size, n)
 			allFine(t, together(t, size, 20*time.Second, func(g *Group) error {
 				s, err := dev.NewStream()
 				if err != nil {
@@ -243,7 +191,7 @@ func TestLateRank(t *testing.T) {
 
 func TestJoinRefuses(t *testing.T) {
 	join := func(limit time.Duration, places ...Place) []error {
-		addr, errs := freeAddr(t), make([]error, len(places))
+		addr, errs := testkit.FreeAddr(t), make([]error, len(places))
 		var wg sync.WaitGroup
 		for i, p := range places {
 			wg.Add(1)
@@ -285,7 +233,7 @@ func TestJoinRefuses(t *testing.T) {
 
 // Strangers do not disturb.
 func TestStrangers(t *testing.T) {
-	addr := freeAddr(t)
+	addr := testkit.FreeAddr(t)
 	done := make(chan error)
 	go func() {
 		g, err := Join(context.Background(), Place{Size: 2, Addr: addr}, 20*time.Second)
@@ -326,7 +274,7 @@ func TestCancelledJoin(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	time.AfterFunc(50*time.Millisecond, cancel)
 	start := time.Now()
-	if _, err := Join(ctx, Place{Size: 2, Addr: freeAddr(t)}, time.Minute); !errors.Is(err, context.Canceled) || time.Since(start) > 10*time.Second {
+	if _, err := Join(ctx, Place{Size: 2, Addr: testkit.FreeAddr(t)}, time.Minute); !errors.Is(err, context.Canceled) || time.Since(start) > 10*time.Second {
 		t.Errorf("%v after %v", err, time.Since(start))
 	}
 }

@@ -12,6 +12,7 @@ import (
 	"margo/engine/load"
 	"margo/engine/mar"
 	"margo/engine/ref"
+	"margo/engine/testkit"
 )
 
 const goldens = "../../testdata/goldens/"
@@ -28,20 +29,7 @@ func openGolden(t *testing.T, name string) *checkpoint.File {
 
 func loadTiny(t *testing.T, name string, dev engine.Device, d engine.DType) *mar.Model {
 	t.Helper()
-	f := openGolden(t, name)
-	cfg, err := checkpoint.InferMAR(f, checkpoint.MAROptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	m, err := mar.New(cfg)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := load.Bind(engine.Params(m), f, dev, d, load.Options{}); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { load.Free(engine.Params(m)) })
-	return m
+	return testkit.LoadMAR(t, goldens+name+".safetensors", dev, d)
 }
 
 func openEngine(t *testing.T, m *mar.Model, dev engine.Device, d engine.DType) *Engine {

@@ -2,20 +2,13 @@ package sample
 
 import (
 	"fmt"
-	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 
 	"margo/engine"
 	"margo/engine/plan"
-)
-
-var budget = filepath.Join("..", "..", "kernels", "BUDGET.md")
-
-const (
-	rooflineBegin = "<!-- roofline: made by `make budget` -->\n"
-	rooflineEnd   = "<!-- end of roofline -->\n"
+	"margo/engine/testkit"
 )
 
 // onGPU is a model without values on a counting device that wants whole batches, as a
@@ -98,22 +91,5 @@ func TestRooflineTable(t *testing.T) {
 		}
 	}
 	b.WriteString("\n")
-	text, err := os.ReadFile(budget)
-	if err != nil {
-		t.Fatal(err)
-	}
-	before, rest, ok := strings.Cut(string(text), rooflineBegin)
-	table, after, ok2 := strings.Cut(rest, rooflineEnd)
-	if !ok || !ok2 {
-		t.Fatal("kernels/BUDGET.md has no place for the roofline")
-	}
-	if table == b.String() {
-		return
-	}
-	if os.Getenv("MARGO_UPDATE_BUDGET") == "" {
-		t.Fatalf("kernels/BUDGET.md is out of date: `make budget` writes it. Now:\n%s", b.String())
-	}
-	if err := os.WriteFile(budget, []byte(before+rooflineBegin+b.String()+rooflineEnd+after), 0o644); err != nil {
-		t.Fatal(err)
-	}
+	testkit.Section(t, filepath.Join("..", "..", "kernels", "BUDGET.md"), "roofline", b.String())
 }
