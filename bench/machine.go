@@ -3,6 +3,7 @@ package bench
 import (
 	"os"
 	"os/exec"
+	"path/filepath"
 	"runtime"
 	"runtime/debug"
 	"strings"
@@ -68,8 +69,22 @@ func commit() string {
 			return rev[:min(12, len(rev))] + dirty
 		}
 	}
-	if out, err := exec.Command("git", "describe", "--always", "--dirty=+").Output(); err == nil {
+	return describe(".")
+}
+
+// describe is the commit of margo's sources around dir; "unknown" where those are of
+// another program, whose commit says nothing about this one.
+func describe(dir string) string {
+	git := func(args ...string) string {
+		out, _ := exec.Command("git", append([]string{"-C", dir}, args...)...).Output()
 		return strings.TrimSpace(string(out))
+	}
+	top := git("rev-parse", "--show-toplevel")
+	if mod, err := os.ReadFile(filepath.Join(top, "go.mod")); top == "" || err != nil || !strings.HasPrefix(string(mod), "module margo\n") {
+		return "unknown"
+	}
+	if commit := git("describe", "--always", "--dirty=+"); commit != "" {
+		return commit
 	}
 	return "unknown"
 }

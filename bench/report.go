@@ -9,6 +9,7 @@ import (
 	"sort"
 	"strings"
 	"text/tabwriter"
+	"time"
 )
 
 // Kinds of model that are compared.
@@ -75,6 +76,8 @@ type Row struct {
 	DeviceMemory bool    `json:"device_memory"` // MemoryBytes is of a device with memory of its own
 	RandomWeight bool    `json:"random_weights"`
 	Note         string  `json:"note,omitempty"`
+	// Machine is that of the run, if it is not the report's.
+	Machine *Machine `json:"machine,omitempty"`
 }
 
 func (r *Row) seconds() []float64 {
@@ -128,18 +131,35 @@ type Report struct {
 // the same run.
 func (rep *Report) Add(other *Report) {
 	a, b := rep.Machine, other.Machine
-	for i := range other.Rows {
-		rep.Rows = append(rep.Rows, other.Rows[i])
+	same := a.run() == b.run()
+	for _, r := range other.Rows {
+		if r.Machine == nil && !same {
+			r.Machine = &b
+		}
+		rep.Rows = append(rep.Rows, r)
 	}
 	rep.Interleaved = false
 	rep.Decoded = rep.Decoded || other.Decoded
-	if a.Command != b.Command || !a.Time.Equal(b.Time) || a.CPU != b.CPU || a.Device != b.Device || a.Commit != b.Commit {
+	if !same {
 		rep.Notes = append(rep.Notes, fmt.Sprintf("some rows are of another run: %s, device %s, commit %s, %s: %s", b.CPU, b.Device, b.Commit, b.Time.Format("2006-01-02 15:04 MST"), b.Command))
 	}
 	rep.Notes = append(rep.Notes, other.Notes...)
 	if rep.Incomplete == "" {
 		rep.Incomplete = other.Incomplete
 	}
+}
+
+// run tells runs apart.
+func (m *Machine) run() string {
+	return fmt.Sprintf("%q %s %q %q %s", m.Command, m.Time.UTC().Format(time.RFC3339), m.CPU, m.Device, m.Commit)
+}
+
+// machine is where a row was measured.
+func (rep *Report) machine(r *Row) *Machine {
+	if r.Machine != nil {
+		return r.Machine
+	}
+	return &rep.Machine
 }
 
 var parts = []string{"encoder", "decoder", "head", "denoiser", "tokenizer", "other"}
@@ -262,19 +282,23 @@ func percent(v float64) string {
 }
 
 // ratios says how much faster margo was than each other side of the same case.
-// Sides ran interleaved, so the ratio is taken run by run.
+// Sides ran interleaved, so the ratio is taken run by run, of one report.
 func (rep *Report) ratios() []string {
-	base := map[Case]*Row{}
+	type key struct {
+		Case
+		run string
+	}
+	base := map[key]*Row{}
 	for i := range rep.Rows {
 		if r := &rep.Rows[i]; r.Side == "margo" {
-			base[r.Case] = r
+			base[key{r.Case, rep.machine(r).run()}] = r
 		}
 	}
 	var out []string
 	for i := range rep.Rows {
 		r := &rep.Rows[i]
-		b := base[r.Case]
-		if b == nil || b == r {
+		b := base[key{r.Case, rep.machine(r).run()}]
+		if b == nil || b.Side == r.Side {
 			continue
 		}
 		var q []float64
@@ -324,7 +348,8 @@ func (rep *Report) csv(w io.Writer) error {
 		for _, p := range parts {
 			rec = append(rec, f(r.PartSeconds(p)/float64(r.Batch)))
 		}
-		if err := c.Write(append(rec, rep.Machine.CPU, rep.Machine.Commit, rep.Machine.Command)); err != nil {
+		m := rep.machine(r)
+		if err := c.Write(append(rec, m.CPU, m.Commit, m.Command)); err != nil {
 			return err
 		}
 	}
@@ -335,10 +360,13 @@ func (rep *Report) csv(w io.Writer) error {
 // benchstat prints one line per run in the format of `go test -bench`, which
 // the benchstat tool compares. A figure that is not finite is left out.
 func (rep *Report) benchstat(w io.Writer) {
-	m := rep.Machine
-	fmt.Fprintf(w, "goos: %s\ncpu: %s\ncommit: %s\n", strings.ReplaceAll(m.OS, "/", "\ngoarch: "), m.CPU, m.Commit)
+	last := ""
 	for i := range rep.Rows {
 		r := &rep.Rows[i]
+		if m := rep.machine(r); m.run() != last { // holds for the lines that follow
+			last = m.run()
+			fmt.Fprintf(w, "goos: %s\ncpu: %s\ncommit: %s\n", strings.ReplaceAll(m.OS, "/", "\ngoarch: "), m.CPU, m.Commit)
+		}
 		// A slash separates names, and dit-xl/2 has one.
 		model := strings.ReplaceAll(r.Model, "/", "-")
 		work := fmt.Sprintf("iters=%d/steps=%d", r.Iters, r.HeadSteps)

@@ -109,6 +109,36 @@ func TestAdd(t *testing.T) {
 	if s := table(t, back); len(back.Rows) != 10 || !strings.Contains(s, "some rows are of another run: Another CPU") || !strings.Contains(s, "margo bench elsewhere") {
 		t.Errorf("%d rows\n%s", len(back.Rows), s)
 	}
+	for _, format := range []string{"csv", "benchstat"} { // every row has its own machine
+		b.Reset()
+		if err := back.Write(&b, format); err != nil || strings.Count(b.String(), "Another CPU") != map[string]int{"csv": 5, "benchstat": 1}[format] {
+			t.Errorf("%v\n%s", err, b.String())
+		}
+	}
+}
+
+// margo of one run is not compared with PyTorch of another, nor with itself.
+func TestRatiosOfOneRun(t *testing.T) {
+	report := func(cpu string, margo, torch float64) *Report {
+		c := Case{Model: "m", Kind: KindMAR, DType: "f32", Batch: 1, Iters: 4, HeadSteps: 2, CFG: 1, Part: "sample"}
+		return &Report{Machine: Machine{CPU: cpu}, Rows: []Row{
+			{Case: c, Side: "margo", Runs: []Run{{Seconds: margo}}}, {Case: c, Side: "pytorch eager", Runs: []Run{{Seconds: torch}}}}}
+	}
+	rep := report("slow", 10, 30)
+	rep.Add(report("fast", 1, 2))
+	rep.Add(report("slow", 10, 30))
+	var b bytes.Buffer
+	if err := rep.Write(&b, "json"); err != nil {
+		t.Fatal(err)
+	}
+	back := &Report{}
+	if err := json.Unmarshal(b.Bytes(), back); err != nil {
+		t.Fatal(err)
+	}
+	got := strings.Join(back.ratios(), "\n")
+	if strings.Count(got, "margo is 3.00 times") != 2 || strings.Count(got, "margo is 2.00 times") != 1 || strings.Count(got, "\n") != 2 {
+		t.Error(got)
+	}
 }
 
 func TestPlot(t *testing.T) {
