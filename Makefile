@@ -12,7 +12,7 @@ FUZZTIME ?= 60s
 
 .PHONY: help
 help: ## list the targets
-	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 .PHONY: setup
 setup: ## install what building lacks (C compiler, Go modules)
@@ -72,7 +72,7 @@ budget-check: budget-static ## compare kernels/BUDGET.md with what the pinned co
 	@$(GO) test -count=1 -run TestOccupancyTable ./cuda
 
 .PHONY: test
-test: ## everything that must pass: format, vet, tests, race detector, sanitizers, arm64
+test: ## everything that must pass: format, vet, tests, race detector, sanitizers, arm64, CUDA kernels
 	@.ci/setup test
 	@.ci/test
 

@@ -104,7 +104,11 @@ _margo() {
         _files
     fi
 }
-compdef _margo margo
+if [[ "${funcstack[1]}" == "_margo" ]]; then
+    _margo "$@" # loaded from a file _margo in the fpath
+else
+    compdef _margo margo
+fi
 `,
 	"fish": `# fish completion for margo
 complete -c margo -a '(margo ` + completeArg + ` (commandline -opc)[2..] (commandline -ct) 2>/dev/null)'
@@ -120,7 +124,7 @@ func completionCommand() *cli.Command {
 
 Examples:
   source <(margo completion bash)                            # in ~/.bashrc
-  source <(margo completion zsh)                             # in ~/.zshrc
+  source <(margo completion zsh)                             # in ~/.zshrc, after compinit
   margo completion fish > ~/.config/fish/completions/margo.fish`,
 		Action: func(c *cli.Context) error {
 			script, ok := completionScripts[c.Args().First()]
