@@ -120,6 +120,11 @@ func unknownCommand(app *cli.App, name string) error {
 // onUsageError turns the messages of package flag into margo's.
 func onUsageError(c *cli.Context, err error, _ bool) error {
 	msg := err.Error()
+	if rest, ok := strings.CutPrefix(msg, "invalid boolean value "); ok {
+		value, rest, _ := strings.Cut(rest, " for -")
+		name, _, _ := strings.Cut(rest, ": ")
+		return usagef("%s: %s: neither true nor false", dashed(name), value)
+	}
 	if rest, ok := strings.CutPrefix(msg, "invalid value "); ok {
 		value, rest, _ := strings.Cut(rest, " for flag -")
 		name, why, _ := strings.Cut(rest, ": ")

@@ -124,6 +124,8 @@ func TestExitCodes(t *testing.T) {
 		{sampleWith("-n", "2147483648"), 2, "-n is 2147483648, it must be between 1 and 2147483647"},
 		{sampleWith("--seed", "-1"), 2, `--seed: "-1": not a whole number from 0 on`},
 		{sampleWith("--cfg", "x"), 2, `--cfg: "x": not a number`},
+		{sampleWith("--quiet=maybe"), 2, `--quiet: "maybe": neither true nor false`},
+		{[]string{"selftest", "--only", ""}, 2, "--only is empty"},
 		{sampleWith("--classes", "10"), 2, "classes 0 to 9"},
 		{sampleWith("--classes", "1,,2"), 2, "empty item"},
 		{sampleWith("--classes", "sneker"), 2, "did you mean sneaker?"},

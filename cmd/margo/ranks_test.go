@@ -66,6 +66,10 @@ func TestRanksRefuse(t *testing.T) {
 	if codes[0] == exitOK || codes[1] == exitOK || !strings.Contains(errs[1], "other flags") {
 		t.Errorf("ranks with other seeds: %v %q", codes, errs)
 	}
+	codes, errs = runRanks(t, 2, func(rank int) []string { return []string{"-n", "2", "--tile", fmt.Sprint(16 + 4*rank), "--out", dir} })
+	if codes[0] == exitOK || codes[1] == exitOK || !strings.Contains(errs[1], "other flags") {
+		t.Errorf("ranks with other tiles: %v %q", codes, errs)
+	}
 	if code, _, err := margo(quick("--ranks", "0/2@127.0.0.1:1", "--out", filepath.Join(t.TempDir(), "a.png"))...); code != exitUsage || !strings.Contains(err, "folder") {
 		t.Errorf("a sheet of ranks: exit %d: %s", code, err)
 	}

@@ -224,6 +224,9 @@ func runSample(c *cli.Context) error {
 		j.share(place)
 		log.Infof("rank %d of %d (%s): %s from index %d", place.Rank, place.Size, place.From, images(j.n), j.first)
 		if j.n == 0 {
+			if c.Bool("json") {
+				return printJSON(c.App.Writer, result{Files: []string{}, LoadSeconds: seconds(time.Since(start)), Threads: dev.Info().Threads, Parameters: j.params})
+			}
 			return nil
 		}
 	}

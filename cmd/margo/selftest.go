@@ -157,6 +157,9 @@ func runSelftest(c *cli.Context) error {
 		run  func()
 	}{{"table", t.table}, {"memory", t.memory}, {"streams", t.streams}, {"determinism", t.determinism}, {"traces", t.traces}, {"speed", t.speed}}
 	only := list(c.String("only"))
+	if c.IsSet("only") && only == nil {
+		return usagef("--only is empty; name parts, or leave it out for all")
+	}
 	for _, name := range only {
 		known := false
 		for _, s := range steps {
