@@ -55,7 +55,7 @@ type Request struct {
 
 	Known        *Known                           // in- and outpainting: what is known already
 	Draws        Draws                            // nil: the generator
-	Only         []int                            // for timing: run these iterations alone; the others' tokens stay 0
+	Only         []int                            // for timing: run these iterations alone; the others' tokens are unit normal noise
 	AfterIterate func(iter int, tokens []float32) // for tests: tokens [batch·L, C] so far
 }
 

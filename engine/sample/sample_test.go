@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"margo/engine"
+	"margo/engine/checkpoint"
 	"margo/engine/mar"
 	"margo/engine/ref"
 )
@@ -395,22 +396,39 @@ func TestWarning(t *testing.T) {
 	}
 }
 
-// Only some iterations, for timing: the others' tokens stay 0.
+// Only some iterations, for timing: the others' tokens are noise, and the first
+// iteration's those of a whole run.
 func TestOnly(t *testing.T) {
 	dev := ref.New(ref.Rounded)
 	e := openEngine(t, loadTiny(t, "mar_tiny_trained", dev, engine.F32), dev, engine.F32)
 	r := request(1)
+	whole := collect(t, e, r)[0]
 	r.Only = []int{0, 2}
 	im := collect(t, e, r)[0]
-	zeros := 0
+	noise, same := 0, 0
 	for p := range 16 {
-		if !slices.ContainsFunc(im.Tokens[p*16:(p+1)*16], func(v float32) bool { return v != 0 }) {
-			zeros++
+		token := im.Tokens[p*16 : (p+1)*16]
+		if slices.Equal(token, whole.Tokens[p*16:(p+1)*16]) {
+			same++
+		}
+		drawn := true
+		for k, v := range token {
+			want := engine.NormalAt(engine.RNG{Seed: r.Seed, Purpose: engine.PurposeInitNoise}, k, p, im.Index)
+			drawn = drawn && math.Abs(float64(v)-float64(want)) < 1e-6
+		}
+		if drawn {
+			noise++
 		}
 	}
 	lens := MaskLens(16, r.Iters)
-	if want := lens[0] - lens[1] + lens[2]; zeros != want {
-		t.Errorf("%d tokens are zero, want %d", zeros, want)
+	if want := lens[0] - lens[1] + lens[2]; noise != want || same != 16-lens[0] {
+		t.Errorf("%d tokens are noise, want %d; %d as in a whole run, want %d", noise, want, same, 16-lens[0])
+	}
+	m := tinyVariant(t, dev, engine.F32, variantOf("", "", checkpoint.CategoricalHead))
+	q := variantRequest(&m.Config, "", 1)
+	q.Only = []int{q.Iters - 1}
+	if im := collect(t, openEngine(t, m, dev, engine.F32), q)[0]; len(im.Codes) != m.Config.Tokens() || slices.Max(im.Codes) >= int32(m.Config.CodebookSize) {
+		t.Errorf("codes %v", im.Codes)
 	}
 }
 
