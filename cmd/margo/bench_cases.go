@@ -53,15 +53,16 @@ func plotFormat(c *cli.Context) string {
 
 // needed refuses flags that none of the models has a use for.
 func (j *benchJob) needed(subjects []*subject) error {
-	kinds := map[string]bool{}
+	kinds, diffusing := map[string]bool{}, false
 	for _, s := range subjects {
 		kinds[s.kind] = true
+		diffusing = diffusing || s.info != nil && s.info.MAR != nil && s.info.MAR.HeadKind() == checkpoint.DiffusionHead
 	}
 	ofMAR := kinds[bench.KindMAR] || kinds[bench.KindAR]
 	for _, f := range []struct {
 		name, what string
 		used       bool
-	}{{"iters", "a MAR", ofMAR}, {"head-steps", "a MAR or AR", ofMAR}, {"max-timestep", "a MAR or AR", ofMAR}, {"cfg-schedule", "a MAR or AR", ofMAR},
+	}{{"iters", "a MAR (a causal model takes one for each token)", kinds[bench.KindMAR]}, {"head-steps", "a MAR or AR with the diffusion head", diffusing}, {"max-timestep", "a MAR or AR with the diffusion head", diffusing}, {"cfg-schedule", "a MAR or AR", ofMAR},
 		{"steps", "a DiT", kinds[bench.KindDiT]}, {"sampler", "a DiT", kinds[bench.KindDiT]}, {"cfg-channels", "a DiT", kinds[bench.KindDiT]}} {
 		if j.c.IsSet(f.name) && !f.used {
 			return usagef("--%s is for %s, and --model has none", f.name, f.what)

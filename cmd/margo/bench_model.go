@@ -97,7 +97,7 @@ func (j *benchJob) subject(name string) (*subject, error) {
 		f, info, err := openModel(name, shape, open)
 		if err != nil {
 			if !exists(name) && filepath.Ext(name) == "" {
-				return nil, usagef("--model: %q is neither a file nor one of %s", name, namesText())
+				return nil, usagef("--model: %q is neither a file nor one of %s%s", name, namesText(), didYouMean(suggest(name, configNames())))
 			}
 			return nil, err
 		}
@@ -128,6 +128,9 @@ func (j *benchJob) subject(name string) (*subject, error) {
 				return nil, usagef("%s: --against has KL tokenizers with quant_conv only; leave out --decode", s.tok.path)
 			}
 		}
+	}
+	if j.c.Bool("decode") && s.random && s.kl == nil && s.tok == nil {
+		return nil, usagef("%s: its tokens are codes, and no tokenizer of codes has a name: give --tokenizer FILE, or leave out --decode", name)
 	}
 	setSampling(j.c, &s.info.Sampling)
 	if s.kind == bench.KindDiT {

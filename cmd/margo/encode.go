@@ -25,7 +25,7 @@ func encodeCommand() *cli.Command {
 
 --recon decodes the latents again, writes the images as PNG and prints their PSNR: 10·log10(255²/MSE) over all pixels and channels.
 
-Large images need much memory (KL-16 in f32: 2 GB for 1024×1024 pixels, 8 GB for 2048×2048). --tile works tile by tile instead and needs what a tile needs; tiles overlap, which can double the work, and are blended. The result is not that of the whole image: normalisation and attention see one tile only.
+Large images need much memory (KL-16 in f32: 2 GB for 1024×1024 pixels and 7 GB for 2048×2048, with --recon 3 and 12 GB). --tile works tile by tile instead and needs what a tile needs; tiles overlap, which can double the work, and are blended. The result is not that of the whole image: normalisation and attention see one tile only.
 
 Examples:
   margo encode dog.png cat.jpg --tokenizer kl16.safetensors --size 256x256 --out latents.safetensors

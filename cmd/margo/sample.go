@@ -419,6 +419,11 @@ func (j *job) resolveDraw(c *cli.Context, m *checkpoint.MARConfig) error {
 	if c.IsSet("latent-scale") && m.Discrete() {
 		return usagef("--latent-scale: the tokens of this model are codes, which have none")
 	}
+	for _, name := range []string{"head-steps", "max-timestep"} {
+		if c.IsSet(name) && m.HeadKind() != checkpoint.DiffusionHead {
+			return usagef("--%s is of the diffusion head, and this model has the %s head", name, m.HeadKind())
+		}
+	}
 	if m.Discrete() {
 		j.draw.sampler, j.draw.topK, j.draw.topP = c.String("code-sampler"), c.Int("top-k"), c.Float64("top-p")
 		return nil

@@ -115,6 +115,7 @@ func TestVariantFlags(t *testing.T) {
 		{2, "--order", []string{ar, "--order", "spiral"}},
 		{2, "--top-p", []string{arCodes, "--top-p", "2"}},
 		{2, "--code-sampler", []string{arCodes, "--code-sampler", "dice"}},
+		{2, "--head-steps is of the diffusion head, and this model has the l2 head", []string{l2, "--head-steps", "3"}},
 		{2, "--choice-temperature is for --order confidence", []string{ar, "--choice-temperature", "1"}},
 		{2, "--latent-scale: the tokens of this model are codes", []string{arCodes, "--latent-scale", "2"}},
 	} {
