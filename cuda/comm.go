@@ -5,6 +5,7 @@ import "C"
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"strings"
 	"time"
@@ -82,13 +83,13 @@ func (p *plugin) ncclVersion() (int, error) {
 // limit is how long a collective may take on the devices, with all that its stream has
 // to do before. On success the Comm owns meet and closes it. If NCCL is missing or too
 // different somewhere the error, on all ranks, is of kind Unsupported, and meet can
-// serve as the communicator instead. Close the Comm before the device.
+// serve as the communicator instead. Where NCCL finds no memory on a rank, all ranks try once more, after their caches were
+// given back; then the error is of kind OutOfMemory on that rank, CommFault on the others. Close the Comm before the device.
 func (d *Device) NewComm(meet Rendezvous, limit time.Duration) (*Comm, error) {
 	const op = "join ranks"
 	if limit < time.Millisecond {
 		return nil, d.errorf(op, engine.Invalid, "a time limit of %v", limit)
 	}
-	rank, size := meet.Rank(), meet.Size()
 	version, missing := d.p.ncclVersion()
 	versions, err := everyRanks(meet, version)
 	if err != nil {
@@ -99,11 +100,32 @@ func (d *Device) NewComm(meet Rendezvous, limit time.Duration) (*Comm, error) {
 		case v == 0 && missing != nil:
 			return nil, d.errorf(op, engine.Unsupported, "%w", missing)
 		case v == 0:
-			return nil, d.errorf(op, engine.Unsupported, "rank %d of %d has no NCCL", r, size)
+			return nil, d.errorf(op, engine.Unsupported, "rank %d of %d has no NCCL", r, meet.Size())
 		case v/10000 != versions[0]/10000: // NCCL refuses finer differences itself, if it minds
 			return nil, d.errorf(op, engine.Unsupported, "rank %d has NCCL %d, rank 0 has %d", r, v, versions[0])
 		}
 	}
+	c, short, err := d.joinRanks(op, meet, limit)
+	if short && err != nil {
+		// NCCL found no memory on some rank, which has given back what it had cached. A rank cannot try again by itself.
+		if c, short, err = d.joinRanks(op, meet, limit); short && errors.Is(err, engine.OutOfMemory) {
+			err = d.errorf(op, engine.OutOfMemory, "twice: %w", err)
+		}
+	}
+	return c, err
+}
+
+// How a rank fared.
+const (
+	failed = iota
+	joined
+	noMemory
+)
+
+// joinRanks makes a communicator, with what NCCL takes of the devices' memory for small collectives. short says, on all
+// ranks, that one of them had no memory for it.
+func (d *Device) joinRanks(op engine.Op, meet Rendezvous, limit time.Duration) (c *Comm, short bool, err error) {
+	rank, size := meet.Rank(), meet.Size()
 	// Rank 0 makes the id; a first byte of 0 says that it could not, and a text why.
 	message := make([]byte, 1+1024)
 	if rank == 0 {
@@ -116,35 +138,67 @@ func (d *Device) NewComm(meet Rendezvous, limit time.Duration) (*Comm, error) {
 		}
 	}
 	if err := meet.BroadcastBytes(0, message); err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	if message[0] == 0 {
-		return nil, d.errorf(op, engine.Unsupported, "rank 0: %s", cString(message[1:]))
+		return nil, false, d.errorf(op, engine.Unsupported, "rank 0: %s", cString(message[1:]))
 	}
-	c := &Comm{meet: meet, dev: d, limit: limit}
+	c = &Comm{meet: meet, dev: d, limit: limit}
 	args := C.margo_comm_args{size: C.sizeof_margo_comm_args, rank: C.int32_t(rank), ranks: C.int32_t(size), limit_ms: C.int32_t(c.milliseconds())}
 	for i := range args.id {
 		args.id[i] = C.uint8_t(message[1+i])
 	}
-	failure := d.status(op, C.m_comm_init(d.p.api, d.ctx, &args, &c.c))
-	joined := 1
-	if failure != nil {
-		joined = 0
-	}
-	all, err := everyRanks(meet, joined)
-	for r, v := range all {
-		if v == 0 && failure == nil && err == nil {
-			err = d.errorf(op, engine.CommFault, "rank %d of %d could not join", r, size)
+	for _, part := range []func() error{
+		func() error { return d.status(op, C.m_comm_init(d.p.api, d.ctx, &args, &c.c)) },
+		func() error { return c.connect(op) },
+	} {
+		failure, mine := part(), joined
+		if errors.Is(failure, engine.OutOfMemory) {
+			mine = noMemory
+		} else if failure != nil {
+			mine = failed
+		}
+		all, err := everyRanks(meet, mine)
+		if err == nil {
+			err = failure
+		}
+		for r, v := range all {
+			switch {
+			case v == noMemory && !short:
+				short = true
+				if mine != noMemory { // the cause of what this rank has met
+					err = d.errorf(op, engine.CommFault, "rank %d of %d has no memory to join", r, size)
+				}
+			case v == failed && err == nil:
+				err = d.errorf(op, engine.CommFault, "rank %d of %d could not join", r, size)
+			}
+		}
+		if err != nil {
+			c.hangUp()
+			return nil, short, err
 		}
 	}
-	if failure != nil {
-		err = failure
-	}
+	return c, false, nil
+}
+
+// connect makes a small collective of each kind, for NCCL takes most of its memory when ranks first need each other.
+func (c *Comm) connect(op engine.Op) error {
+	d := c.dev
+	b, err := d.alloc(op, 4, "a collective that connects ranks")
 	if err != nil {
-		c.hangUp()
-		return nil, err
+		return err
 	}
-	return c, nil
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	m := C.margo_mat{p: b.addr, rows: 1, cols: 1, ld: 1, dtype: C.int32_t(engine.I32)}
+	err = d.status(op, C.m_broadcast(d.p.api, d.util, c.c, 0, 1, &m))
+	if err == nil {
+		err = d.status(op, C.m_all_reduce(d.p.api, d.util, c.c, 1, &m))
+	}
+	if err == nil {
+		err = d.status(op, C.m_comm_wait(d.p.api, c.c, C.int32_t(c.milliseconds())))
+	}
+	return errors.Join(err, b.Free())
 }
 
 // everyRanks collects a number from every rank.

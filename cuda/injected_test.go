@@ -234,6 +234,7 @@ func TestProgramFaults(t *testing.T) {
 			t.Errorf("leaks:\n%s", w)
 		}
 	})
+	t.Run("two processes", func(t *testing.T) { twoProcesses(t, program) })
 	for _, c := range []struct{ variable, value, want string }{
 		{"MARGO_EMU_LOSE_DEVICE", "40", "the device was lost"},
 		{"MARGO_EMU_FAIL_ALLOC", "12", "0.0 of 8192.0 MiB free"},

@@ -123,16 +123,30 @@ margo_status find(const char *library, lt::Functions *f, margo_cublaslt_info *ou
 	return MARGO_OK;
 }
 
+// lt_room makes a call of the library's once more where it found no memory, as the runtime's with_room does.
+template <class F> lt::Status lt_room(margo_context *c, F &&call, uint64_t *given) {
+	lt::Status s = call();
+	if (s != lt::ALLOC_FAILED) return s;
+	*given = pool_make_room(c);
+	return call();
+}
+
 // refusal makes an error of a status that is no refusal of the shape.
-margo_status refusal(margo_context *c, const margo_cublaslt *l, lt::Status s, const char *what) {
-	margo_status m = s == lt::ALLOC_FAILED ? MARGO_OUT_OF_MEMORY : s == lt::EXECUTION_FAILED || s == lt::NOT_INITIALIZED ? MARGO_DEVICE_FAULT : MARGO_INTERNAL;
+margo_status refusal(margo_context *c, const margo_cublaslt *l, lt::Status s, const char *what, uint64_t given = 0) {
+	if (s == lt::ALLOC_FAILED) {
+		char text[128];
+		snprintf(text, sizeof text, "%s: %s (%d)", what, l->f.GetStatusString(s), s);
+		return pool_no_room(c, text, given);
+	}
+	margo_status m = s == lt::EXECUTION_FAILED || s == lt::NOT_INITIALIZED ? MARGO_DEVICE_FAULT : MARGO_INTERNAL;
 	return fail(c, m, "%s: %s (%d)%s%s", what, l->f.GetStatusString(s), s, *gpu::report() ? ": " : "", gpu::report());
 }
 
-#define LT_TRY(expr, what)                                       \
-	do {                                                         \
-		lt::Status lt_s_ = (expr);                               \
-		if (lt_s_ != lt::SUCCESS) return refusal(c, l, lt_s_, what); \
+#define LT_TRY(expr, what)                                                                      \
+	do {                                                                                        \
+		uint64_t lt_given_ = 0;                                                                 \
+		lt::Status lt_s_ = lt_room(c, [&] { return (expr); }, &lt_given_);                      \
+		if (lt_s_ != lt::SUCCESS) return refusal(c, l, lt_s_, what, lt_given_);                 \
 	} while (0)
 
 // describe makes the descriptors of a shape.
@@ -178,11 +192,12 @@ margo_status candidates(margo_context *c, margo_cublaslt *l, Product *p, int32_t
 		LT_TRY(f.MatmulPreferenceSetAttribute(pref.p, at, &kAlign, sizeof kAlign), "cublasLtMatmulPreferenceSetAttribute(MIN_ALIGNMENT)");
 	lt::Result found[kCandidates];
 	int32_t got = 0;
-	lt::Status s = f.MatmulAlgoGetHeuristic(l->handle, p->desc, p->a, p->b, p->c, p->d, pref.p, asked, found, &got);
+	uint64_t given = 0;
+	lt::Status s = lt_room(c, [&] { return f.MatmulAlgoGetHeuristic(l->handle, p->desc, p->a, p->b, p->c, p->d, pref.p, asked, found, &got); }, &given);
 	// A combination of types that the library may not know is no mistake of ours, however it is refused.
 	const bool odd = p->chosen.bias && p->chosen.y_dtype == MARGO_BF16;
 	if (s == lt::NOT_SUPPORTED || (odd && s == lt::INVALID_VALUE)) return MARGO_OK;
-	LT_TRY(s, "cublasLtMatmulAlgoGetHeuristic");
+	if (s != lt::SUCCESS) return refusal(c, l, s, "cublasLtMatmulAlgoGetHeuristic", given);
 	for (int32_t i = 0; i < got; i++)
 		if (found[i].state == lt::SUCCESS && found[i].workspace <= limit) out->push_back(found[i]);
 	return MARGO_OK;
@@ -202,29 +217,31 @@ lt::Status multiply(margo_cublaslt *l, const Product *p, const Operands &o, cons
 	                   st->cublaslt_bytes, reinterpret_cast<lt::Stream>(st->s));
 }
 
-// tune times the candidates, writing to memory that it takes for the time: y may be the residual as well.
+// tune times the candidates, writing to memory of the pool's that it takes for the time: y may be the residual as well.
 margo_status tune(margo_stream *st, margo_cublaslt *l, Product *p, Operands o, const std::vector<lt::Result> &found) {
 	margo_context *c = st->ctx;
 	struct Owned {
-		void *y = nullptr;
+		margo_stream *st;
+		uint64_t y = 0;
 		cudaEvent_t from = nullptr, to = nullptr;
 		~Owned() {
 			if (from) cudaEventDestroy(from);
 			if (to) cudaEventDestroy(to);
-			if (y) cudaFree(y);
+			if (!y) return;
+			st->busy.store(true); // its next owner waits for the products
+			pool_free(st->ctx, y);
 		}
-	} own;
+	} own{st};
 	const size_t bytes = size_t(p->chosen.m) * size_t(p->chosen.ldy) * (p->chosen.y_dtype == MARGO_BF16 ? 2 : 4);
-	if (cudaError_t e = cudaMalloc(&own.y, bytes); e == cudaErrorMemoryAllocation) { // then untimed
-		cudaGetLastError();
+	if (margo_status s = pool_alloc(c, bytes, &own.y); s == MARGO_OUT_OF_MEMORY) { // then untimed
 		choose(p, found[0], MARGO_CUBLASLT_HEURISTIC);
 		return MARGO_OK;
 	} else {
-		MARGO_TRY(check(c, e, "memory to tune a product in"));
+		MARGO_TRY(s);
 	}
-	MARGO_TRY(check(c, cudaEventCreate(&own.from), "making an event"));
-	MARGO_TRY(check(c, cudaEventCreate(&own.to), "making an event"));
-	o.y = own.y;
+	MARGO_TRY(with_room(c, "making an event", [&] { return cudaEventCreate(&own.from); }));
+	MARGO_TRY(with_room(c, "making an event", [&] { return cudaEventCreate(&own.to); }));
+	o.y = reinterpret_cast<void *>(uintptr_t(own.y));
 	float best = 0;
 	for (const lt::Result &r : found) {
 		if (multiply(l, p, o, r.algo, st) != lt::SUCCESS) continue; // also brings its code onto the device
@@ -309,12 +326,13 @@ margo_status gemm_cublaslt(margo_stream *st, const margo_gemm_args *a) {
 	}
 	Product *p = slot.get();
 	if (p->chosen.choice == MARGO_CUBLASLT_OURS) return MARGO_UNSUPPORTED;
-	lt::Status r = multiply(l, p, o, p->algo, st);
+	uint64_t given = 0;
+	lt::Status r = lt_room(c, [&] { return multiply(l, p, o, p->algo, st); }, &given);
 	if (r == lt::NOT_SUPPORTED || r == lt::ARCH_MISMATCH) { // nothing was enqueued; not asked again
 		p->chosen.choice = MARGO_CUBLASLT_OURS;
 		return MARGO_UNSUPPORTED;
 	}
-	LT_TRY(r, "cublasLtMatmul");
+	if (r != lt::SUCCESS) return refusal(c, l, r, "cublasLtMatmul", given);
 	p->chosen.uses++;
 	std::lock_guard<std::mutex> count(c->mu);
 	c->counters.kernel_launches++;
@@ -333,7 +351,8 @@ margo_status cublaslt_open(margo_context *c, const char *library, int32_t autotu
 	margo_cublaslt_info i{};
 	i.size = sizeof i;
 	if (margo_status s = find(library, &l->f, &i, text, sizeof text); s != MARGO_OK) return fail(c, s, "%s", text);
-	if (lt::Status s = l->f.Create(&l->handle); s != lt::SUCCESS) return refusal(c, l.get(), s, "cublasLtCreate");
+	uint64_t given = 0;
+	if (lt::Status s = lt_room(c, [&] { return l->f.Create(&l->handle); }, &given); s != lt::SUCCESS) return refusal(c, l.get(), s, "cublasLtCreate", given);
 	l->autotune = autotune != 0;
 	i.workspace_bytes = uint64_t(c->prop.major >= 9 ? 32 : 4) << 20; // the vendor's advice
 	memcpy(out, &i, out->size < sizeof i ? out->size : sizeof i);

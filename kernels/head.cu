@@ -421,14 +421,14 @@ margo_status replay(const Chain &c, int64_t first, int64_t count) {
 		GraphCache::Entry e{nullptr, nullptr, st->captured_kernels};
 		cudaError_t end = end_capture(st, &e.graph);
 		if (s == MARGO_OK) s = check(ctx, end, "capturing head steps");
-		if (s == MARGO_OK) s = check(ctx, cudaGraphInstantiate(&e.exec, e.graph, 0), "making the graph of head steps");
+		if (s == MARGO_OK) s = with_room(ctx, "making the graph of head steps", [&] { return cudaGraphInstantiate(&e.exec, e.graph, 0); });
 		if (s != MARGO_OK) {
 			if (e.graph) cudaGraphDestroy(e.graph);
 			return s;
 		}
 		it = cache->entries.emplace(name, e).first;
 	}
-	MARGO_TRY(check(ctx, cudaGraphLaunch(it->second.exec, st->s), "launching head steps"));
+	MARGO_TRY(with_room(ctx, "launching head steps", [&] { return cudaGraphLaunch(it->second.exec, st->s); }));
 	std::lock_guard<std::mutex> count_lock(ctx->mu);
 	ctx->counters.graph_launches++;
 	ctx->counters.graph_kernels += it->second.kernels;

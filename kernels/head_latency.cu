@@ -376,11 +376,11 @@ template <int NT, int KS> margo_status start(margo_stream *st, const LatencyPara
 	margo_context *c = st->ctx;
 	const void *f = reinterpret_cast<const void *>(kernel);
 	int blocks = 0;
-	MARGO_TRY(check(c, cudaFuncSetAttribute(f, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.smem)), "head_latency"));
+	MARGO_TRY(with_room(c, "head_latency", [&] { return cudaFuncSetAttribute(f, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.smem)); }));
 	MARGO_TRY(check(c, cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, f, 256, plan.smem), "head_latency"));
 	if (int64_t(blocks) * c->prop.multiProcessorCount < plan.blocks) return MARGO_UNSUPPORTED;
 	note_launch(st, "head_latency", f, 256, plan.smem);
-	return check(c, gpu::launch_cooperative(kernel, dim3(unsigned(plan.blocks)), dim3(256), plan.smem, st->s, p), "head_latency");
+	return with_room(c, "head_latency", [&] { return gpu::launch_cooperative(kernel, dim3(unsigned(plan.blocks)), dim3(256), plan.smem, st->s, p); });
 }
 
 } // namespace

@@ -38,7 +38,7 @@ uint64_t rounded(uint64_t capacity, uint64_t bytes) {
 // mark_end makes a mark of what the stream has been given; none where that fails.
 margo_status mark_end(margo_context *c, cudaStream_t s, std::shared_ptr<margo_mark> &out) {
 	cudaEvent_t e = nullptr;
-	MARGO_TRY(check(c, cudaEventCreateWithFlags(&e, cudaEventDisableTiming), "making an event"));
+	MARGO_TRY(with_room(c, "making an event", [&] { return cudaEventCreateWithFlags(&e, cudaEventDisableTiming); }));
 	auto m = std::make_shared<margo_mark>(e);
 	MARGO_TRY(check(c, cudaEventRecord(e, s), "recording an event"));
 	out = m;
@@ -141,7 +141,8 @@ template <class F> margo_status shrink(margo_context *c, uint64_t *given, F done
 	}
 }
 
-margo_status out_of_memory(margo_context *c, uint64_t bytes, uint64_t given) {
+// out_of_memory says what was asked, and what there is beside the cache, of which given went back to the driver in vain.
+margo_status out_of_memory(margo_context *c, const char *asked, uint64_t given) {
 	size_t free = 0, total = 0;
 	cudaMemGetInfo(&free, &total);
 	cudaGetLastError();
@@ -152,7 +153,13 @@ margo_status out_of_memory(margo_context *c, uint64_t bytes, uint64_t given) {
 	if (limit) snprintf(text, sizeof text, ", limit %.1f MiB", mib(limit));
 	char cache[80] = "0.0 MiB cached";
 	if (given) snprintf(cache, sizeof cache, "%.1f MiB cached and given back", mib(given));
-	return fail(c, MARGO_OUT_OF_MEMORY, "%.1f MiB asked, %.1f MiB held, %s, %.1f of %.1f MiB free%s", mib(bytes), mib(held), cache, mib(free), mib(total), text);
+	return fail(c, MARGO_OUT_OF_MEMORY, "%s asked, %.1f MiB held, %s, %.1f of %.1f MiB free%s", asked, mib(held), cache, mib(free), mib(total), text);
+}
+
+margo_status out_of_memory(margo_context *c, uint64_t bytes, uint64_t given) {
+	char asked[40];
+	snprintf(asked, sizeof asked, "%.1f MiB", mib(bytes));
+	return out_of_memory(c, asked, given);
 }
 
 // fresh takes a block from the driver.
@@ -271,6 +278,18 @@ margo_status pool_trim(margo_context *c) {
 	return shrink(c, nullptr, [](margo_pool &) { return false; });
 }
 
+uint64_t pool_make_room(margo_context *c) {
+	Relaxed relaxed;
+	cudaGetLastError(); // that of the call
+	uint64_t given = 0;
+	shrink(c, &given, [](margo_pool &) { return false; }); // an error comes again with the call
+	return given;
+}
+
+margo_status pool_no_room(margo_context *c, const char *what, uint64_t given) {
+	return out_of_memory(c, (std::string(what) + ": memory for the driver's own use").c_str(), given);
+}
+
 margo_status pool_new_stream(margo_context *c, cudaStream_t s) {
 	margo_marks marks;
 	{
@@ -323,7 +342,27 @@ margo_status pinned_take(margo_context *c, uint64_t bytes, void **out, uint64_t 
 		}
 	}
 	Relaxed relaxed;
-	MARGO_TRY(check(c, cudaHostAlloc(out, size, cudaHostAllocDefault), "allocating pinned memory"));
+	cudaError_t e = cudaHostAlloc(out, size, cudaHostAllocDefault);
+	if (e == cudaErrorMemoryAllocation) { // the host's memory: what closed streams have left goes back
+		cudaGetLastError();
+		std::multimap<uint64_t, void *> left;
+		{
+			std::lock_guard<std::mutex> lock(c->pool.mu);
+			left.swap(c->pool.pinned);
+			c->pool.pinned_bytes -= c->pool.pinned_cached;
+			c->pool.pinned_cached = 0;
+		}
+		for (auto &p : left) cudaFreeHost(p.second);
+		e = cudaHostAlloc(out, size, cudaHostAllocDefault);
+	}
+	if (e == cudaErrorMemoryAllocation) {
+		cudaGetLastError();
+		std::unique_lock<std::mutex> lock(c->pool.mu);
+		const uint64_t pinned = c->pool.pinned_bytes;
+		lock.unlock();
+		return fail(c, MARGO_OUT_OF_MEMORY, "%.1f MiB of pinned host memory asked, %.1f MiB held", mib(size), mib(pinned));
+	}
+	MARGO_TRY(check(c, e, "allocating pinned memory"));
 	*got = size;
 	std::lock_guard<std::mutex> lock(c->pool.mu);
 	c->pool.pinned_bytes += size;

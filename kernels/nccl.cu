@@ -107,10 +107,15 @@ struct Current { // makes the context's device current
 	explicit Current(margo_context *c) { cudaSetDevice(c->ordinal); }
 };
 
-// broken aborts the communicator, which ends its kernels, and stores why.
+// broken aborts the communicator, which ends its kernels, and stores why. For want of memory NCCL has no code: its text
+// says so. Then what is cached goes back to the driver, for the ranks may try once more together (cuda/comm.go), but a rank not alone.
 margo_status broken(margo_comm *m, const char *what, const std::string &why) {
 	if (m->c) m->lib->ncclCommAbort(m->c);
 	m->c = nullptr, m->pending = false;
+	if (why.find("out of memory") != std::string::npos) {
+		const uint64_t given = pool_make_room(m->ctx);
+		return pool_no_room(m->ctx, (std::string(what) + ": " + why).c_str(), given);
+	}
 	return fail(m->ctx, MARGO_COMM_FAULT, "%s: %s", what, why.c_str());
 }
 
@@ -192,7 +197,7 @@ margo_status comm_init(margo_context *c, const margo_comm_args *a, margo_comm **
 	ncclUniqueId id;
 	memcpy(&id, a->id, sizeof id);
 	ncclConfig_t config;
-	margo_status s = check(c, cudaEventCreateWithFlags(&m->done, cudaEventDisableTiming), "making an event");
+	margo_status s = with_room(c, "making an event", [&] { return cudaEventCreateWithFlags(&m->done, cudaEventDisableTiming); });
 	if (s == MARGO_OK) {
 		ncclResult_t r = l->ncclCommInitRankConfig(&m->c, a->ranks, id, a->rank, &config);
 		if (r != ncclSuccess && r != ncclInProgress)

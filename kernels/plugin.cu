@@ -67,7 +67,7 @@ margo_status wait_all(margo_context *c, const char *what) {
 margo_status begin_capture(margo_stream *st) {
 	margo_context *c = st->ctx;
 	std::lock_guard<std::mutex> lock(c->capture_mu);
-	if (!st->before_capture) MARGO_TRY(check(c, cudaEventCreateWithFlags(&st->before_capture, cudaEventDisableTiming), "making an event"));
+	if (!st->before_capture) MARGO_TRY(with_room(c, "making an event", [&] { return cudaEventCreateWithFlags(&st->before_capture, cudaEventDisableTiming); }));
 	MARGO_TRY(check(c, cudaEventRecord(st->before_capture, st->s), "recording an event"));
 	// ThreadLocal: another thread's allocation does not spoil the capture.
 	MARGO_TRY(check(c, cudaStreamBeginCapture(st->s, cudaStreamCaptureModeThreadLocal), "beginning a capture"));
@@ -293,7 +293,7 @@ margo_status stream_create(margo_context *c, margo_stream **out) {
 	Guard g(c);
 	auto *st = new (std::nothrow) margo_stream{c};
 	if (!st) return fail(c, MARGO_OUT_OF_MEMORY, "a stream");
-	margo_status s = check(c, cudaStreamCreateWithFlags(&st->s, cudaStreamNonBlocking), "making a stream");
+	margo_status s = with_room(c, "making a stream", [&] { return cudaStreamCreateWithFlags(&st->s, cudaStreamNonBlocking); });
 	if (s == MARGO_OK) {
 		{ // before it is told what to wait for: memory that another thread reuses meanwhile it waits for as all streams do
 			std::lock_guard<std::mutex> lock(c->capture_mu);
@@ -356,7 +356,7 @@ margo_status event_record(margo_stream *st, margo_event **out) {
 	Guard g(c);
 	auto *ev = new (std::nothrow) margo_event{c, nullptr};
 	if (!ev) return fail(c, MARGO_OUT_OF_MEMORY, "an event");
-	margo_status s = check(c, cudaEventCreate(&ev->e), "making an event");
+	margo_status s = with_room(c, "making an event", [&] { return cudaEventCreate(&ev->e); });
 	if (s == MARGO_OK) s = check(c, cudaEventRecord(ev->e, st->s), "recording an event");
 	if (s != MARGO_OK) {
 		if (ev->e) cudaEventDestroy(ev->e);
@@ -406,7 +406,7 @@ margo_status capture_end(margo_stream *st, margo_graph **out) {
 		return out ? s : MARGO_OK;
 	}
 	cudaGraphExec_t exec = nullptr;
-	s = check(c, cudaGraphInstantiate(&exec, graph, 0), "making a graph");
+	s = with_room(c, "making a graph", [&] { return cudaGraphInstantiate(&exec, graph, 0); });
 	auto *gr = s == MARGO_OK ? new (std::nothrow) margo_graph{c, graph, exec, st->captured_kernels} : nullptr;
 	if (!gr) {
 		if (exec) cudaGraphExecDestroy(exec);
@@ -420,7 +420,7 @@ margo_status capture_end(margo_stream *st, margo_graph **out) {
 margo_status graph_launch(margo_stream *st, margo_graph *gr) {
 	margo_context *c = st->ctx;
 	Guard g(c);
-	MARGO_TRY(check(c, cudaGraphLaunch(gr->exec, st->s), "launching a graph"));
+	MARGO_TRY(with_room(c, "launching a graph", [&] { return cudaGraphLaunch(gr->exec, st->s); }));
 	st->busy.store(true);
 	std::lock_guard<std::mutex> lock(c->mu);
 	c->counters.graph_launches++;
@@ -461,7 +461,7 @@ margo_status copy_in(margo_stream *st, uint64_t dst, const void *src, uint64_t b
 			if (slot.p) pinned_give(c, slot.p, slot.bytes);
 			slot.p = nullptr, slot.bytes = 0;
 			MARGO_TRY(pinned_take(c, n, &slot.p, &slot.bytes));
-			if (!slot.done) MARGO_TRY(check(c, cudaEventCreateWithFlags(&slot.done, cudaEventDisableTiming), "making an event"));
+			if (!slot.done) MARGO_TRY(with_room(c, "making an event", [&] { return cudaEventCreateWithFlags(&slot.done, cudaEventDisableTiming); }));
 		} else {
 			MARGO_TRY(check(c, cudaEventSynchronize(slot.done), "copy in"));
 		}

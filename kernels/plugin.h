@@ -48,7 +48,7 @@ struct margo_block {
 };
 
 struct margo_pool {
-	std::mutex mu; // guards what follows; taken after no other
+	std::mutex mu; // guards what follows; no other is taken while it is held
 	std::map<uint64_t, margo_block> held; // by address
 	std::map<uint64_t, std::deque<margo_block>> cached; // by size, the first to be freed first
 	uint64_t held_bytes = 0, held_peak = 0, cached_bytes = 0, taken = 0, taken_peak = 0; // taken: from the driver, held, cached or on its way
@@ -118,12 +118,27 @@ margo_status pool_alloc(margo_context *, uint64_t bytes, uint64_t *out);
 margo_status pool_free(margo_context *, uint64_t address);
 margo_status pool_policy(margo_context *, uint64_t limit, uint64_t capacity);
 margo_status pool_trim(margo_context *);
+// make_room gives all that is cached back to the driver, on behalf of a call that found no memory, and says how much that was;
+// no_room is that call's error, if it finds none again.
+uint64_t pool_make_room(margo_context *);
+margo_status pool_no_room(margo_context *, const char *what, uint64_t given);
 margo_status pool_new_stream(margo_context *, cudaStream_t);
 void pool_waited(margo_stream *);
 void pool_close(margo_context *);
 void pool_counters(margo_context *, margo_counters *);
 margo_status pinned_take(margo_context *, uint64_t bytes, void **out, uint64_t *got);
 void pinned_give(margo_context *, void *p, uint64_t size); // nothing uses it
+
+// with_room makes a call of the runtime's that may take device memory of its own: graphs, events, streams, and kernels whose code
+// is loaded when they are first launched. Where there is none, what the pool caches goes back to the driver and the call is
+// made once more. what names it in errors.
+template <class F> margo_status with_room(margo_context *c, const char *what, F &&call) {
+	cudaError_t e = call();
+	if (e != cudaErrorMemoryAllocation) return check(c, e, what);
+	const uint64_t given = pool_make_room(c);
+	e = call();
+	return e == cudaErrorMemoryAllocation ? pool_no_room(c, what, given) : check(c, e, what);
+}
 
 // note_launch counts a launch of a kernel.
 void note_launch(margo_stream *, const char *name, const void *function, int threads, size_t smem);
@@ -134,8 +149,10 @@ template <class... P, class... A>
 margo_status run(margo_stream *st, const char *name, void (*kernel)(P...), dim3 grid, dim3 block, size_t smem, A &&...args) {
 	if (grid.x == 0 || grid.y == 0 || grid.z == 0) return MARGO_OK; // zero rows: nothing to do
 	note_launch(st, name, reinterpret_cast<const void *>(kernel), int(block.x * block.y * block.z), smem);
-	gpu::name_next_launch(name);
-	return check(st->ctx, gpu::launch(kernel, grid, block, smem, st->s, static_cast<A &&>(args)...), name);
+	return with_room(st->ctx, name, [&] {
+		gpu::name_next_launch(name);
+		return gpu::launch(kernel, grid, block, smem, st->s, static_cast<P>(args)...);
+	});
 }
 
 #define MARGO_TRY(expr)                             \

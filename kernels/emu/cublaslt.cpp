@@ -4,7 +4,8 @@
 // heuristics' first for 64 rows and more, so that the bits of a row depend on the number of rows, as they may with
 // the library.
 //
-// MARGO_EMU_CUBLASLT=FUNCTION:VALUE makes a function return a status (GetVersion: a version) at once, as in Matmul:15.
+// MARGO_EMU_CUBLASLT=FUNCTION:VALUE makes a function return a status (GetVersion: a version) at once, as in Matmul:15;
+// FUNCTION:VALUE:COUNT its first calls only.
 #include <cstdlib>
 
 #include "../cublaslt.h"
@@ -43,7 +44,14 @@ constexpr uint64_t kVersion = 130000, kWorkspace = kBlocks * kPartials * sizeof(
 int64_t injected(const char *function, int64_t otherwise) {
 	const char *v = getenv("MARGO_EMU_CUBLASLT");
 	const size_t n = strlen(function);
-	return v && !strncmp(v, function, n) && v[n] == ':' ? strtoll(v + n + 1, nullptr, 0) : otherwise;
+	if (!v || strncmp(v, function, n) || v[n] != ':') return otherwise;
+	char *end = nullptr;
+	const int64_t value = strtoll(v + n + 1, &end, 0);
+	if (*end != ':') return value;
+	static std::mutex mu;
+	static auto *calls = new std::map<std::string, int64_t>; // by the whole text
+	std::lock_guard<std::mutex> lock(mu);
+	return (*calls)[v]++ < strtoll(end + 1, nullptr, 0) ? value : otherwise;
 }
 #define INJECTED(function) \
 	if (Status s_ = Status(injected(#function, SUCCESS))) return s_
@@ -71,10 +79,15 @@ const char *GetStatusString(Status s) {
 
 Status Create(Handle *h) {
 	INJECTED(Create);
-	*h = new HandleOpaque{emu::current_device()};
+	std::lock_guard<std::mutex> lock(emu::state().mu);
+	const int device = emu::current_device();
+	if (!emu::reserve(device, emu::state().settings.takes.cublaslt)) return ALLOC_FAILED;
+	*h = new HandleOpaque{device};
 	return SUCCESS;
 }
 Status Destroy(Handle h) {
+	std::lock_guard<std::mutex> lock(emu::state().mu);
+	emu::unreserve(h->device, emu::state().settings.takes.cublaslt);
 	delete h;
 	return SUCCESS;
 }

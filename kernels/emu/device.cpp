@@ -23,6 +23,20 @@ int64_t number(const char *name, int64_t otherwise) {
 	return strtoll(v, nullptr, 0);
 }
 
+// read_takes reads NAME:BYTES,…; what it does not know it leaves out.
+Takes read_takes(const char *text) {
+	Takes t;
+	const std::pair<const char *, size_t *> names[] = {{"stream", &t.stream}, {"event", &t.event}, {"graph", &t.node}, {"kernel", &t.kernel},
+	                                                   {"nccl", &t.nccl}, {"connect", &t.connect}, {"cublaslt", &t.cublaslt}};
+	while (text && *text) {
+		for (auto &[name, to] : names)
+			if (const size_t n = strlen(name); !strncmp(text, name, n) && text[n] == ':') *to = size_t(strtoull(text + n + 1, nullptr, 0));
+		text = strchr(text, ',');
+		if (text) text++;
+	}
+	return t;
+}
+
 } // namespace
 
 State &state() {
@@ -61,6 +75,8 @@ void read_settings() {
 	v.fail_alloc = number("MARGO_EMU_FAIL_ALLOC", -1);
 	v.lose_device = number("MARGO_EMU_LOSE_DEVICE", -1);
 	v.slow_record = number("MARGO_EMU_SLOW_RECORD", 0);
+	v.takes = read_takes(getenv("MARGO_EMU_TAKES"));
+	if (const char *p = getenv("MARGO_EMU_SHARED")) v.shared = p;
 	if (const char *t = getenv("MARGO_EMU_TRACE")) v.trace = t;
 	if (const char *t = getenv("MARGO_EMU_REPORT")) v.report = t;
 	if (check::on) v.threads = 1; // its clocks are those of one worker
@@ -70,6 +86,7 @@ void read_settings() {
 	s.allocations = s.launches = 0;
 	s.random = v.seed;
 	s.devices.assign(size_t(v.devices), Device{}); // nothing is held: as a new process finds it
+	share_open(v.shared);
 	s.streams.clear();
 	for (int i = 0; i < v.devices; i++) s.streams.push_back(std::make_shared<emu_stream>(i, -1, cudaStreamDefault));
 	set_report("");

@@ -82,8 +82,10 @@ cudaError_t cudaGraphInstantiate(cudaGraphExec_t *out, cudaGraph_t g, unsigned l
 	if (e != cudaSuccess) return note(e);
 	auto it = graphs().find(g);
 	if (it == graphs().end()) return note(cudaErrorInvalidValue);
-	auto x = std::make_shared<emu_graph_exec>();
-	x->graph = it->second;
+	const int device = current_device();
+	const size_t bytes = state().settings.takes.node * it->second->nodes.size();
+	if (!reserve(device, bytes)) return note(cudaErrorMemoryAllocation);
+	auto x = std::make_shared<emu_graph_exec>(it->second, device, bytes);
 	execs()[x.get()] = x;
 	*out = x.get();
 	return cudaSuccess;
@@ -121,7 +123,11 @@ cudaError_t cudaGraphGetNodes(cudaGraph_t g, cudaGraphNode_t *nodes, size_t *cou
 
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t x) {
 	std::lock_guard<std::mutex> lock(state().mu);
-	return note(execs().erase(x) ? cudaSuccess : cudaErrorInvalidValue);
+	auto it = execs().find(x);
+	if (it == execs().end()) return note(cudaErrorInvalidValue);
+	unreserve(it->second->device, it->second->bytes);
+	execs().erase(it);
+	return cudaSuccess;
 }
 
 cudaError_t cudaGraphDestroy(cudaGraph_t g) {

@@ -1,7 +1,11 @@
 // launch.cpp: launches: what the runtime refuses, and how blocks are spread over
 // threads of the system.
+#include <unistd.h>
+
+#include <chrono>
 #include <condition_variable>
 #include <cstdio>
+#include <cstdlib>
 #include <thread>
 
 #include "state.h"
@@ -139,6 +143,16 @@ void run_launch(const Launch &l, int device) {
 
 void name_next_launch(const char *name) { launch_name = name; }
 
+// pause waits where MARGO_EMU_PAUSE=N:FILE says: before launch N the process makes FILE.reached, and goes on when FILE exists.
+void pause() {
+	const char *v = getenv("MARGO_EMU_PAUSE");
+	char *file = nullptr;
+	if (!v || strtoll(v, &file, 0) != state().launches || *file++ != ':') return;
+	const std::string go = file, reached = go + ".reached";
+	if (FILE *f = fopen(reached.c_str(), "w")) fclose(f);
+	while (access(go.c_str(), F_OK) != 0) std::this_thread::sleep_for(std::chrono::milliseconds(2));
+}
+
 cudaError_t enqueue(const cudaLaunchConfig_t &c, const void *kernel, std::function<void()> body) {
 	auto l = std::make_shared<Launch>();
 	l->grid = c.gridDim, l->block = c.blockDim, l->smem = c.dynamicSmemBytes, l->kernel = kernel, l->body = std::move(body);
@@ -177,6 +191,11 @@ cudaError_t enqueue(const cudaLaunchConfig_t &c, const void *kernel, std::functi
 			set_report("the device was lost (injected by MARGO_EMU_LOSE_DEVICE)");
 			drop_work(st->device);
 			return note(cudaErrorUnknown);
+		}
+		pause();
+		if (auto &loaded = s.devices[size_t(st->device)].loaded; s.settings.takes.kernel && !loaded.count(kernel)) {
+			if (!reserve(st->device, s.settings.takes.kernel)) return note(cudaErrorMemoryAllocation);
+			loaded.insert(kernel);
 		}
 		s.launches++;
 		trace("kernel %s grid=%u,%u,%u block=%u,%u,%u smem=%zu stream=%d%s%s\n", l->name.c_str(), g.x, g.y, g.z, b.x, b.y, b.z, l->smem, st->number,

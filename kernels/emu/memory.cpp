@@ -43,17 +43,18 @@ cudaError_t allocate(void **out, size_t bytes, int device) {
 	*out = nullptr;
 	if (bytes == 0) return cudaSuccess;
 	if (device >= 0) {
-		Device &d = s.devices[size_t(device)];
-		if (bytes > s.settings.memory - d.used) return cudaErrorMemoryAllocation;
 		if (s.settings.fail_alloc >= 0 && s.allocations >= s.settings.fail_alloc) return cudaErrorMemoryAllocation;
+		if (!reserve(device, bytes)) return cudaErrorMemoryAllocation;
 		s.allocations++;
 	}
 	void *base = nullptr;
-	if (posix_memalign(&base, 256, bytes + 2 * kZone)) return cudaErrorMemoryAllocation;
+	if (posix_memalign(&base, 256, bytes + 2 * kZone)) {
+		if (device >= 0) unreserve(device, bytes);
+		return cudaErrorMemoryAllocation;
+	}
 	memset(base, kFill, bytes + 2 * kZone);
 	char *p = static_cast<char *>(base) + kZone;
 	s.memory[reinterpret_cast<uintptr_t>(p)] = {static_cast<char *>(base), bytes, device};
-	if (device >= 0) s.devices[size_t(device)].used += bytes;
 	*out = p;
 	return cudaSuccess;
 }
@@ -68,7 +69,7 @@ cudaError_t release(void *p) {
 	cudaError_t e = cudaSuccess;
 	if (a.device >= 0) {
 		Device &d = s.devices[size_t(a.device)];
-		d.used -= a.bytes;
+		unreserve(a.device, a.bytes);
 		for (size_t i = 0; i < kZone; i++) {
 			bool before = static_cast<unsigned char>(a.base[i]) != kFill, after = static_cast<unsigned char>(a.base[kZone + a.bytes + i]) != kFill;
 			if ((before || after) && d.error == cudaSuccess) {
@@ -109,6 +110,29 @@ cudaError_t copy_item(void *dst, size_t dpitch, const void *src, size_t spitch, 
 } // namespace
 
 bool device_memory(const void *p, size_t bytes) { return inside(p, bytes, true); }
+
+bool reserve(int device, size_t bytes) {
+	State &s = state();
+	Device &d = s.devices[size_t(device)];
+	if (d.used > s.settings.memory || bytes > s.settings.memory - d.used) return false;
+	if (!share_set(device, d.used + bytes, s.settings.memory, nullptr)) return false;
+	d.used += bytes;
+	return true;
+}
+
+void unreserve(int device, size_t bytes) {
+	Device &d = state().devices[size_t(device)];
+	d.used -= bytes;
+	share_set(device, d.used, SIZE_MAX, nullptr);
+}
+
+size_t free_memory(int device) {
+	State &s = state();
+	const size_t used = s.devices[size_t(device)].used;
+	size_t others = 0;
+	share_set(device, used, SIZE_MAX, &others);
+	return used + others < s.settings.memory ? s.settings.memory - used - others : 0;
+}
 
 } // namespace emu
 
@@ -161,7 +185,7 @@ cudaError_t cudaMemGetInfo(size_t *free, size_t *total) {
 	cudaError_t e = usable();
 	if (e != cudaSuccess) return note(e);
 	*total = state().settings.memory;
-	*free = *total - state().devices[size_t(current_device())].used;
+	*free = free_memory(current_device());
 	if (state().settings.fail_alloc >= 0 && state().allocations >= state().settings.fail_alloc) *free = 0; // another process has it
 	return cudaSuccess;
 }

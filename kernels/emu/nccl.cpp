@@ -72,6 +72,8 @@ struct ncclComm {
 	std::mutex mu; // guards what follows
 	std::string text;
 	uint64_t chunks = 0; // of calls so far
+	size_t taken = 0;    // of the device's memory; under State::mu
+	bool connected = false;
 
 	~ncclComm() {
 		if (!met) unlink(path.c_str());
@@ -116,6 +118,8 @@ struct ncclComm {
 };
 
 namespace {
+
+constexpr char kNoMemory[] = "Cuda failure 2 'out of memory'"; // as NCCL writes it
 
 std::mutex comms_mu;
 std::map<ncclComm_t, std::shared_ptr<ncclComm>> &comms() {
@@ -255,6 +259,11 @@ ncclResult_t enqueue_call(int32_t what, const void *send, void *receive, size_t 
 		if (s->capture) return refuse(ncclInvalidUsage, "the stream is capturing");
 		if (!device_memory(send, call->bytes) || !device_memory(receive, call->bytes))
 			return refuse(ncclInvalidArgument, emu::text("%zu bytes are in no buffer of the device", call->bytes));
+		if (!c->connected) {
+			const size_t bytes = state().settings.takes.connect;
+			if (!reserve(s->device, bytes)) return refuse(ncclUnhandledCudaError, kNoMemory);
+			c->connected = true, c->taken += bytes;
+		}
 		{
 			std::lock_guard<std::mutex> inner(c->mu);
 			call->first = c->chunks;
@@ -303,6 +312,23 @@ NCCL_EXPORT ncclResult_t ncclCommInitRankConfig(ncclComm_t *out, int ranks, nccl
 	id.internal[sizeof id.internal - 1] = 0;
 	int device = 0;
 	if (cudaGetDevice(&device) != cudaSuccess) return ncclUnhandledCudaError;
+	size_t takes = 0;
+	bool short_of = false;
+	{
+		std::lock_guard<std::mutex> lock(state().mu);
+		if (usable() != cudaSuccess) return ncclUnhandledCudaError;
+		takes = state().settings.takes.nccl;
+		short_of = !reserve(device, takes);
+		if (short_of) takes = 0;
+	}
+	struct Reserved { // until the communicator has it
+		int device;
+		size_t bytes;
+		~Reserved() {
+			std::lock_guard<std::mutex> lock(state().mu);
+			if (bytes) unreserve(device, bytes);
+		}
+	} reserved{device, takes};
 	const char *path = id.internal + sizeof kMagic;
 	int fd = ::open(path, O_RDWR | O_CLOEXEC);
 	if (fd < 0) return ncclSystemError; // another machine's, or of ranks that have met
@@ -319,6 +345,8 @@ NCCL_EXPORT ncclResult_t ncclCommInitRankConfig(ncclComm_t *out, int ranks, nccl
 	mine.ranks = ranks, mine.device = device, mine.pid = int32_t(getpid());
 	auto c = std::make_shared<ncclComm>();
 	c->rank = rank, c->ranks = ranks, c->shared = shared, c->path = path;
+	c->taken = takes, reserved.bytes = 0;
+	if (short_of) c->failed(ncclUnhandledCudaError, kNoMemory); // as NCCL, which has met the others before it allocates
 	mine.state.store(kJoined, std::memory_order_release);
 	std::lock_guard<std::mutex> lock(comms_mu);
 	comms()[c.get()] = c;
@@ -328,11 +356,17 @@ NCCL_EXPORT ncclResult_t ncclCommInitRankConfig(ncclComm_t *out, int ranks, nccl
 
 NCCL_EXPORT ncclResult_t ncclCommAbort(ncclComm_t handle) {
 	std::shared_ptr<ncclComm> c;
-	std::lock_guard<std::mutex> lock(comms_mu);
-	auto it = comms().find(handle);
-	if (it == comms().end()) return ncclInvalidArgument;
-	c = it->second;
-	comms().erase(it);
+	{
+		std::lock_guard<std::mutex> lock(comms_mu);
+		auto it = comms().find(handle);
+		if (it == comms().end()) return ncclInvalidArgument;
+		c = it->second;
+		comms().erase(it);
+	}
+	{
+		std::lock_guard<std::mutex> lock(state().mu);
+		unreserve(c->shared->slots[c->rank].device, c->taken);
+	}
 	c->aborted = true; // calls in streams end, and with the last of them the communicator
 	std::lock_guard<std::mutex> inner(c->mu);
 	if (c->shared->slots[c->rank].consumed.load(std::memory_order_acquire) < c->chunks) c->leave(kAborted);

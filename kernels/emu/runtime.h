@@ -20,9 +20,14 @@
 //                       shared: turns of the 32 banks), the least that their bytes could take, and the line
 //                       with the most beyond that
 //   MARGO_EMU_FAIL_ALLOC n: allocations after the n-th fail, as if another process had taken what was free
+//   MARGO_EMU_TAKES     device memory that driver and libraries take for their own objects, as in graph:4096,stream:65536: bytes of a
+//                       stream, an event, a node of a graph (graph), a kernel's code at its first launch (kernel), a
+//                       communicator (nccl), its first collective (connect), a cuBLASLt handle (cublaslt); nothing by default
+//   MARGO_EMU_SHARED    file by which processes share the devices' memory: all together take at most MARGO_EMU_MEMORY
 //   MARGO_EMU_BUILT_FOR the architecture that the plugin has code for (80): an older device refuses every kernel
 //   MARGO_EMU_NCCL_LIMIT milliseconds that a collective waits for other ranks (120000)
 //   MARGO_EMU_LOSE_DEVICE n: the device fails at launch n
+//   MARGO_EMU_PAUSE     N:FILE: before launch N the process makes FILE.reached and waits for FILE; read at every launch
 //   MARGO_EMU_CUBLASLT  what a function of the stand-in for cuBLASLt returns, as Matmul:15 (cublaslt.cpp); read at every call
 #pragma once
 

@@ -7,6 +7,7 @@
 #include <deque>
 #include <map>
 #include <memory>
+#include <set>
 #include <thread>
 
 #include "internal.h"
@@ -55,8 +56,14 @@ struct Allocation {
 };
 
 struct Device {
-	size_t used = 0;
+	size_t used = 0; // by this process
 	cudaError_t error = cudaSuccess; // sticky
+	std::set<const void *> loaded; // kernels whose code is on the device
+};
+
+// Takes is what the driver and libraries take of the device's memory for their own objects: bytes of one.
+struct Takes {
+	size_t stream = 0, event = 0, node = 0, kernel = 0, nccl = 0, connect = 0, cublaslt = 0;
 };
 
 struct Settings { // from the environment
@@ -65,7 +72,8 @@ struct Settings { // from the environment
 	uint64_t seed = 0;
 	bool run = true; // kernels; else they are checked and counted when launched, and memory stays poisoned
 	int64_t fail_alloc = -1, lose_device = -1, slow_record = 0;
-	std::string trace, report;
+	Takes takes;
+	std::string trace, report, shared;
 };
 
 struct State {
@@ -101,6 +109,15 @@ void settle(); // lets streams that hold too much run; neither mutex is held
 cudaError_t synchronize(emu_stream *); // null: all of the current device
 void drop_work(int device); // under mu
 bool device_memory(const void *, size_t bytes); // lies in one buffer of a device; under mu
+// reserve takes bytes of a device's memory, false where they are not free; unreserve gives them back; free_memory is
+// what other processes and this one have left. Under mu. Where processes share a device, share.cpp.
+bool reserve(int device, size_t bytes);
+void unreserve(int device, size_t bytes);
+size_t free_memory(int device);
+// share_open makes this process one of those that share the file's devices ("" ends that); share_set says what it has
+// taken of a device, unless that and what others have is more than most (false), and sets others, if given.
+void share_open(const std::string &path);
+bool share_set(int device, size_t used, size_t most, size_t *others);
 void trace(const char *format, ...) __attribute__((format(printf, 1, 2)));
 void run_launch(const Launch &, int device);
 // waiting is the error that a call which waits, or allocates, gets while the thread captures. Under mu.
@@ -119,6 +136,8 @@ struct emu_graph {
 
 struct emu_graph_exec {
 	std::shared_ptr<const emu_graph> graph;
+	int device;
+	size_t bytes; // of the device's memory
 };
 
 struct emu_stream {

@@ -247,6 +247,7 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t *out, unsigned flags) {
 	std::lock_guard<std::mutex> lock(state().mu);
 	cudaError_t e = usable();
 	if (e != cudaSuccess) return note(e);
+	if (!reserve(current_device(), state().settings.takes.stream)) return note(cudaErrorMemoryAllocation);
 	auto s = std::make_shared<emu_stream>(current_device(), state().next_stream++, flags);
 	state().streams.push_back(s);
 	*out = s.get();
@@ -263,7 +264,7 @@ cudaError_t cudaStreamDestroy(cudaStream_t p) {
 	}
 	cudaError_t e = synchronize(s.get()); // a real one ends by itself later; nothing can tell the difference
 	std::lock_guard<std::mutex> lock(state().mu);
-	std::erase(state().streams, s);
+	if (std::erase(state().streams, s)) unreserve(s->device, state().settings.takes.stream);
 	return note(e);
 }
 
@@ -335,6 +336,7 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t *out, unsigned flags) {
 	std::lock_guard<std::mutex> lock(state().mu);
 	cudaError_t e = usable();
 	if (e != cudaSuccess) return note(e);
+	if (!reserve(current_device(), state().settings.takes.event)) return note(cudaErrorMemoryAllocation);
 	auto ev = std::make_shared<emu_event>(emu_event{current_device(), flags, {}, {}, {}, {}});
 	state().events[ev.get()] = ev;
 	*out = ev.get();
@@ -345,7 +347,10 @@ cudaError_t cudaEventCreate(cudaEvent_t *out) { return cudaEventCreateWithFlags(
 
 cudaError_t cudaEventDestroy(cudaEvent_t ev) {
 	std::lock_guard<std::mutex> lock(state().mu);
-	if (!state().events.erase(ev)) return note(cudaErrorInvalidResourceHandle);
+	auto it = state().events.find(ev);
+	if (it == state().events.end()) return note(cudaErrorInvalidResourceHandle);
+	unreserve(it->second->device, state().settings.takes.event);
+	state().events.erase(it);
 	return note(usable());
 }
 
