@@ -129,10 +129,10 @@ func (m *Margo) OwnFLOPs(c Case) (float64, error) {
 	return float64(est.Work.Total().FLOPs()), err
 }
 
-// Activations is what a case takes beside the weights, in bytes, counted by a dry run.
+// Activations is what a case takes of the device's memory beside the weights, in bytes, counted by a dry run.
 func (m *Margo) Activations(c Case) (int64, error) {
 	est, err := m.Engine.Estimate(m.request(c))
-	return est.Activations, err
+	return est.Memory, err
 }
 
 // Warm runs one iteration from the middle with few steps, so that memory, huge

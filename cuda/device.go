@@ -142,7 +142,7 @@ func (d *Device) Name() string { return d.name }
 // ten thousand, and its caches hold no layer's activations anyway.
 const workingSet = 4 << 30
 
-// Info describes the device; MemFree is read anew: what the pool could still give, within its limit.
+// Info describes the device; MemFree is read anew: what the pool could still give, within its limit and with something left to the driver.
 func (d *Device) Info() engine.Info {
 	now := d.info
 	if C.m_info(d.p.api, d.ctx, &now) != C.MARGO_OK {
@@ -150,9 +150,13 @@ func (d *Device) Info() engine.Info {
 	}
 	c := d.Counters()
 	free := int64(now.mem_free) + int64(c.Cached)
-	if c.Limit > 0 {
-		free = max(min(free, int64(c.Limit)-int64(c.Taken)+int64(c.Cached)), 0)
+	if now.emulated == 0 {
+		free -= driverBytes
 	}
+	if c.Limit > 0 {
+		free = min(free, int64(c.Limit)-int64(c.Taken)+int64(c.Cached))
+	}
+	free = max(free, 0)
 	i := engine.Info{Name: d.name, Model: C.GoString(&now.name[0]), Arch: C.GoString(&now.arch[0]), Threads: int(now.sm_count),
 		MemTotal: int64(now.mem_total), MemFree: free, WorkingSet: workingSet, OwnMemory: true,
 		Truncates: now.emulated == 0}
@@ -309,10 +313,9 @@ func (d *Device) Pack(a engine.PackArgs) (engine.Packed, error) {
 		return nil, err
 	}
 	n, k := a.W.Rows(), a.W.Cols()
-	per := 16 / a.DType.Size()
-	p := &packed{dtype: a.DType, n: n, k: k, ld: (k + per - 1) / per * per}
+	p := &packed{dtype: a.DType, n: n, k: k, ld: packedRow(k, a.DType)}
 	var err error
-	if p.buffer, err = d.alloc("pack", max(n*p.ld*a.DType.Size(), 16), fmt.Sprintf("pack %v[%d,%d]", a.DType, n, k)); err != nil {
+	if p.buffer, err = d.alloc("pack", int(d.PackedBytes(n, k, a.DType)), fmt.Sprintf("pack %v[%d,%d]", a.DType, n, k)); err != nil {
 		return nil, err
 	}
 	d.mu.Lock()

@@ -46,6 +46,14 @@ func traced(t *testing.T, env ...string) (*Device, *sample.Engine) {
 	return d, e
 }
 
+// enqueued counts kernels that were launched or captured; those that graphs launch are not among them.
+func enqueued(d *Device) (n uint64) {
+	for _, k := range d.Kernels() {
+		n += k.Launches
+	}
+	return n
+}
+
 // marB is a batch of the paper's setting: 64 iterations × 100 steps with guidance.
 func marB(n int) sample.Request {
 	r := sample.Defaults()
@@ -97,10 +105,16 @@ func TestLaunches(t *testing.T) {
 	for _, want := range launches {
 		t.Run(fmt.Sprintf("%s/%d", want.path, want.batch), func(t *testing.T) {
 			d, e := traced(t, "MARGO_HEAD_PATH="+want.path)
+			planned := plannedMemory(t, d, e, marB(want.batch))
 			if first := launched(t, d, e, marB(want.batch)); first.Syncs != 0 || first.CopiesIn != 1 || first.CopiesOut != 1 {
 				t.Errorf("the first run waits %d times and copies %d times in and %d out", first.Syncs, first.CopiesIn, first.CopiesOut)
 			}
+			before := enqueued(d)
 			c := launched(t, d, e, marB(want.batch))
+			// Graphs hold the address of the workspace, which must not grow from one iteration to the next.
+			if n := enqueued(d) - before - c.Kernels; n != 0 {
+				t.Errorf("%d kernels were captured again in the second run", n)
+			}
 			t.Logf("%+v", c)
 			if c.Syncs != 0 || c.CopiesIn != 1 || c.CopiesOut != 1 || c.Allocs != 0 {
 				t.Errorf("waits %d times, copies %d times in and %d out, takes memory %d times", c.Syncs, c.CopiesIn, c.CopiesOut, c.Allocs)
@@ -108,6 +122,7 @@ func TestLaunches(t *testing.T) {
 			if int64(c.Kernels) != want.kernels || int64(c.Graphs) != want.graphs || int64(c.GraphKernels) != want.graphKernels {
 				t.Errorf("%d kernels, %d graphs with %d kernels; want %d, %d and %d", c.Kernels, c.Graphs, c.GraphKernels, want.kernels, want.graphs, want.graphKernels)
 			}
+			within(t, planned, d)
 			if tokens := int64(want.batch * 256 * 16 * 4); int64(c.BytesOut) != tokens {
 				t.Errorf("%d bytes come back, the tokens have %d", c.BytesOut, tokens)
 			}

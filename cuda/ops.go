@@ -200,21 +200,14 @@ func (s *Stream) HeadSteps(a engine.HeadStepsArgs) error {
 	if err != nil {
 		return s.named(engine.OpHeadSteps, err)
 	}
-	budget := a.Scratch
-	if budget < headBytes {
-		budget = headBytes
-	}
-	var bytes C.uint64_t
-	if err := s.dev.status(engine.OpHeadSteps, C.m_head_workspace(s.dev.p.api, s.dev.ctx, &x, C.uint64_t(budget), &bytes)); err != nil {
+	need, take, err := s.dev.headWorkspace(&x, a.Scratch)
+	if err != nil {
 		return err
 	}
-	// Growing waits for the device, and graphs of steps hold the workspace's address. A
-	// cosine schedule of 64 iterations predicts 1 token first and 7 at last, with guidance
-	// each of them twice: the first call takes what the last will need.
-	if x.workspace, err = s.workspace(engine.OpHeadSteps, max(bytes, min(C.uint64_t(budget), 16*bytes))); err != nil {
+	if x.workspace, err = s.workspace(engine.OpHeadSteps, need, take); err != nil {
 		return err
 	}
-	x.workspace_bytes = bytes
+	x.workspace_bytes = need
 	return s.run(engine.OpHeadSteps, unsafe.Pointer(&x), nil)
 }
 
@@ -254,22 +247,28 @@ func (s *Stream) GroupNorm(a engine.GroupNormArgs) error {
 	if err != nil {
 		return err
 	}
-	d := a.X.Shape
-	pixels := 1
-	for _, n := range d[1 : len(d)-1] {
-		pixels *= n
-	}
-	x := C.margo_group_norm_args{size: C.sizeof_margo_group_norm_args, act: C.int32_t(a.Act), x: s.mat(a.X, &err), y: s.mat(a.Y, &err),
-		weight: s.mat(a.Weight, &err), bias: s.mat(a.Bias, &err), n: C.int64_t(d[0]), pixels: C.int64_t(pixels), groups: C.int32_t(a.Groups), eps: C.float(a.Eps)}
+	x := groupNormShape(a)
+	x.x, x.y, x.weight, x.bias = s.mat(a.X, &err), s.mat(a.Y, &err), s.mat(a.Weight, &err), s.mat(a.Bias, &err)
 	var bytes C.uint64_t
 	if err == nil {
 		err = s.dev.status(engine.OpGroupNorm, C.m_group_norm_workspace(s.dev.p.api, s.dev.ctx, &x, &bytes))
 	}
 	if err == nil {
-		x.workspace, err = s.workspace(engine.OpGroupNorm, bytes)
+		x.workspace, err = s.workspace(engine.OpGroupNorm, bytes, bytes)
 		x.workspace_bytes = bytes
 	}
 	return s.run(engine.OpGroupNorm, unsafe.Pointer(&x), err)
+}
+
+// groupNormShape is what the workspace of GroupNorm follows from.
+func groupNormShape(a engine.GroupNormArgs) C.margo_group_norm_args {
+	d := a.X.Shape
+	pixels := 1
+	for _, n := range d[1 : len(d)-1] {
+		pixels *= n
+	}
+	return C.margo_group_norm_args{size: C.sizeof_margo_group_norm_args, act: C.int32_t(a.Act), n: C.int64_t(d[0]), pixels: C.int64_t(pixels),
+		groups: C.int32_t(a.Groups), eps: C.float(a.Eps)}
 }
 
 // Patchify is engine.Kernels.Patchify.

@@ -100,17 +100,17 @@ func (s *Stream) run(op engine.Op, args unsafe.Pointer, err error) error {
 	return s.dev.status(op, C.m_run(s.dev.p.api, e, s.s, args))
 }
 
-// workspace is memory of at least bytes that ops of this stream share. Growing
+// workspace is memory of at least need bytes that ops of this stream share. Where there is less it becomes take bytes. Growing
 // waits for the device, and can't be done while the stream captures.
-func (s *Stream) workspace(op engine.Op, bytes C.uint64_t) (C.uint64_t, error) {
-	if s.work != nil && C.uint64_t(s.work.bytes) >= bytes {
+func (s *Stream) workspace(op engine.Op, need, take C.uint64_t) (C.uint64_t, error) {
+	if s.work != nil && C.uint64_t(s.work.bytes) >= need {
 		return s.work.addr, nil
 	}
-	if bytes == 0 {
+	if need == 0 {
 		return 0, nil
 	}
 	if s.capturing {
-		return 0, s.dev.errorf(op, engine.Invalid, "%d bytes of workspace cannot be taken while the stream captures; run it once before", bytes)
+		return 0, s.dev.errorf(op, engine.Invalid, "%d bytes of workspace cannot be taken while the stream captures; run it once before", take)
 	}
 	if s.work != nil {
 		if err := s.work.Free(); err != nil {
@@ -118,7 +118,7 @@ func (s *Stream) workspace(op engine.Op, bytes C.uint64_t) (C.uint64_t, error) {
 		}
 		s.work = nil
 	}
-	b, err := s.dev.alloc(op, int(bytes), "workspace of "+string(op))
+	b, err := s.dev.alloc(op, int(take), "workspace of "+string(op))
 	if err != nil {
 		return 0, err
 	}

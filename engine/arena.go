@@ -61,6 +61,17 @@ func (a *Arena) Mark() Mark { return Mark{a.cur, a.off, a.used} }
 // Release goes back to a mark; memory taken since is free again.
 func (a *Arena) Release(m Mark) { a.cur, a.off, a.used = m.cur, m.off, m.used }
 
+// ReserveBytes is the size of the chunk that Reserve takes.
+func ReserveBytes(bytes int) int { return max(bytes, arenaChunk) }
+
+// Chunks are the sizes of what the arena holds of its device's memory.
+func (a *Arena) Chunks() (sizes []int) {
+	for _, b := range a.chunks {
+		sizes = append(sizes, b.Bytes())
+	}
+	return sizes
+}
+
 // Peak is the most bytes ever in use at once.
 func (a *Arena) Peak() int { return a.peak }
 
@@ -75,7 +86,7 @@ func (a *Arena) Reserve(bytes int) error {
 	if err := a.Close(); err != nil {
 		return err
 	}
-	b, err := a.dev.Alloc(max(bytes, arenaChunk))
+	b, err := a.dev.Alloc(ReserveBytes(bytes))
 	if err != nil {
 		return err
 	}

@@ -35,6 +35,29 @@ type Device interface {
 	Close() error
 }
 
+// Footprint is a Device that says what it takes of its memory beside the bytes that it is asked for, so that a plan's count is a
+// bound of what a run takes, and a near one.
+type Footprint interface {
+	// Block is what a buffer of so many bytes takes.
+	Block(bytes int64) int64
+	// PackedBytes is the size of the buffer that Pack makes of a W of n × k.
+	PackedBytes(n, k int, d DType) int64
+	// StreamBytes is the size of the buffer that a stream has from its beginning; 0: none.
+	StreamBytes() int64
+	// HeadBytes and GroupNormBytes are the workspace that an op needs, by the shapes of its arguments. The ops of a stream share
+	// one, which it keeps; where that is smaller, HeadSteps replaces it by one of take bytes, which later calls need.
+	HeadBytes(HeadStepsArgs) (need, take int64)
+	GroupNormBytes(GroupNormArgs) int64
+}
+
+// StreamHeld is what a stream holds of its device's memory for itself; 0 where it does not say.
+func StreamHeld(s Stream) int64 {
+	if h, ok := s.(interface{ Held() int64 }); ok {
+		return h.Held()
+	}
+	return 0
+}
+
 // Packed is a weight in the device's own layout.
 type Packed interface {
 	Bytes() int

@@ -52,7 +52,7 @@ func (j *benchJob) checkMemory(subjects []*subject, free int64) error {
 
 // memory lays a model and its cases out on a device that only counts.
 func (j *benchJob) memory(s *subject, d engine.DType, cases []bench.Case) (needs []benchNeed, err error) {
-	dev := plan.Like(j.dev.Info())
+	dev := plan.For(j.dev)
 	own := &bench.Margo{Device: dev, DType: d, Work: s.work}
 	var tok tokenizer.Tokenizer
 	if s.kl != nil && (s.kind == bench.KindTokenizer || s.work.Decode) {
@@ -85,7 +85,6 @@ func (j *benchJob) memory(s *subject, d engine.DType, cases []bench.Case) (needs
 	if err := load.Allocate(g.params, dev, d); err != nil {
 		return nil, err
 	}
-	weights := dev.Report().Live
 	o := sample.Options{Compute: d}
 	if tok == nil { // not a nil in an interface
 		own.Engine, err = g.open(nil, dev, o)
@@ -96,6 +95,7 @@ func (j *benchJob) memory(s *subject, d engine.DType, cases []bench.Case) (needs
 		return nil, err
 	}
 	defer own.Engine.Close()
+	weights := dev.Report().Live // and what the engine's stream takes
 	for _, c := range cases {
 		bytes, err := own.Activations(c)
 		if err != nil {

@@ -20,7 +20,7 @@ func (j *job) checkMemory(batchGiven bool, dev engine.Device, encode bool, outpu
 	}
 	asked := j.batch
 	for {
-		need, err := j.memory(dev.Info(), encode)
+		need, err := j.memory(dev, encode)
 		if err != nil {
 			return err
 		}
@@ -43,9 +43,9 @@ func (j *job) checkMemory(batchGiven bool, dev engine.Device, encode bool, outpu
 	}
 }
 
-// memory is what the job takes at most, on a device like this.
-func (j *job) memory(like engine.Info, encode bool) (int64, error) {
-	dev := plan.Like(like)
+// memory is what the job takes at most of this device's memory.
+func (j *job) memory(of engine.Device, encode bool) (int64, error) {
+	dev := plan.For(of)
 	m, err := newGenerator(j.info)
 	if err != nil {
 		return 0, err
@@ -70,5 +70,5 @@ func (j *job) memory(like engine.Info, encode bool) (int64, error) {
 		return 0, err
 	}
 	r := dev.Report()
-	return max(r.Live+est.Activations, r.Peak), nil
+	return max(r.Live+est.Memory, r.Peak), nil
 }

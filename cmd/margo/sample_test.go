@@ -307,7 +307,7 @@ func TestNotEnoughMemory(t *testing.T) {
 	newJob := func(batch int) *job {
 		return &job{settings: info.Sampling, labels: []int{0}, n: 64, batch: batch, info: info, tokenizer: tok}
 	}
-	one, err := newJob(1).memory(engine.Info{}, false)
+	one, err := newJob(1).memory(smallDevice{}, false)
 	if err != nil {
 		t.Fatal(err)
 	}

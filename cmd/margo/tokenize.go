@@ -145,7 +145,7 @@ func (t *tokenize) fits(h, w int, encode, decode bool) error {
 	if free <= 0 {
 		return nil
 	}
-	dev := plan.Like(t.dev.Info())
+	dev := plan.For(t.dev)
 	tok, params, err := t.make(encode)
 	if err != nil {
 		return err

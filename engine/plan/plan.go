@@ -19,7 +19,8 @@ import (
 // goroutine.
 type Device struct {
 	limit int64
-	like  engine.Info // what models ask a device about, see Like
+	like  engine.Info      // what models ask a device about, see For
+	of    engine.Footprint // of the device that is planned for; nil: buffers as they are asked
 	mu    sync.Mutex
 	r     Report
 }
@@ -30,13 +31,60 @@ func New(limit int64) *Device {
 	return &Device{limit: limit, r: Report{Ops: map[engine.Op]Total{}}}
 }
 
-// Like makes a plan without a limit for a device with this Info. Models lay their work
-// out by what WorkingSet and OwnMemory say: a plan of New's counts the groups of a CPU, which are
-// gigabytes smaller than a GPU's.
-func Like(i engine.Info) *Device {
-	d := New(0)
+// For makes a plan without a limit for a device. Models lay their work out by what WorkingSet and OwnMemory of its Info
+// say: a plan of New's counts the groups of a CPU, which are gigabytes smaller than a GPU's. Memory is counted as the device takes it,
+// if it is an engine.Footprint: with what it rounds and pads, and the workspaces of its streams.
+func For(dev engine.Device) *Device {
+	d, i := New(0), dev.Info()
 	d.like = engine.Info{WorkingSet: i.WorkingSet, OwnMemory: i.OwnMemory}
+	d.of, _ = dev.(engine.Footprint)
 	return d
+}
+
+var _ engine.Footprint = (*Device)(nil)
+
+// Block is that of the device planned for, or bytes.
+func (d *Device) Block(bytes int64) int64 {
+	if d.of != nil {
+		return d.of.Block(bytes)
+	}
+	return bytes
+}
+
+// PackedBytes is that of the device planned for, or the size of the elements.
+func (d *Device) PackedBytes(n, k int, t engine.DType) int64 {
+	if d.of != nil {
+		return d.of.PackedBytes(n, k, t)
+	}
+	return int64(n) * int64(k) * int64(t.Size())
+}
+
+// StreamBytes is that of the device planned for, or 0.
+func (d *Device) StreamBytes() int64 {
+	if d.of != nil {
+		return d.of.StreamBytes()
+	}
+	return 0
+}
+
+// HeadBytes is that of the device planned for, or what the arguments allow, but no more than modulations of all steps and a few
+// rows of the head's width take.
+func (d *Device) HeadBytes(a engine.HeadStepsArgs) (need, take int64) {
+	if d.of != nil {
+		return d.of.HeadBytes(a)
+	}
+	rows, w := int64(a.Cond.Rows()), int64(a.Cond.Cols())
+	need = 4 * rows * w * (int64(len(a.Steps))*int64(3*len(a.Weights.Blocks)+3) + 8)
+	need = min(need, int64(a.Scratch))
+	return need, need
+}
+
+// GroupNormBytes is that of the device planned for, or 0.
+func (d *Device) GroupNormBytes(a engine.GroupNormArgs) int64 {
+	if d.of != nil {
+		return d.of.GroupNormBytes(a)
+	}
+	return 0
 }
 
 // Name is "plan".
@@ -58,29 +106,40 @@ func (d *Device) Info() engine.Info {
 func (d *Device) Supports(engine.Op, engine.DType) bool { return true }
 
 // NewStream makes a stream that counts into d.
-func (d *Device) NewStream() (engine.Stream, error) { return &stream{d: d}, nil }
+func (d *Device) NewStream() (engine.Stream, error) {
+	s := &stream{d: d}
+	if n := d.StreamBytes(); n > 0 {
+		if err := d.take(d.Block(n), false); err != nil {
+			return nil, err
+		}
+		s.own = n
+	}
+	return s, nil
+}
 
 // Alloc counts the bytes; there is no memory behind the buffer.
 func (d *Device) Alloc(bytes int) (engine.Buffer, error) {
 	if bytes < 0 {
 		return nil, engine.Errorf("alloc", engine.Invalid, "negative size %d", bytes)
 	}
-	if err := d.take(int64(bytes), false); err != nil {
+	m := &memory{d: d, bytes: bytes, taken: d.Block(int64(bytes))}
+	if err := d.take(m.taken, false); err != nil {
 		return nil, err
 	}
-	return &memory{d: d, bytes: bytes}, nil
+	return m, nil
 }
 
-// Pack counts the elements of W in the packed dtype; a real device may pad them.
+// Pack counts what the device planned for makes of W.
 func (d *Device) Pack(a engine.PackArgs) (engine.Packed, error) {
 	if err := a.Check(); err != nil {
 		return nil, err
 	}
-	n := a.W.Elems() * a.DType.Size()
-	if err := d.take(int64(n), true); err != nil {
+	n := d.PackedBytes(a.W.Rows(), a.W.Cols(), a.DType)
+	m := &memory{d: d, bytes: int(n), taken: d.Block(n), packed: true}
+	if err := d.take(m.taken, true); err != nil {
 		return nil, err
 	}
-	return &memory{d: d, bytes: n, packed: true}, nil
+	return m, nil
 }
 
 // Close does nothing.
@@ -109,10 +168,17 @@ func (d *Device) take(n int64, packed bool) error {
 	return nil
 }
 
-// memory is a buffer or a packed weight: a size.
+func (d *Device) give(n int64) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.r.Live -= n
+}
+
+// memory is a buffer or a packed weight: a size, and what that takes.
 type memory struct {
 	d      *Device
 	bytes  int
+	taken  int64
 	packed bool
 	freed  bool
 }
@@ -126,9 +192,9 @@ func (m *memory) Free() error {
 		return engine.Errorf("free", engine.Internal, "freed twice")
 	}
 	m.freed = true
-	m.d.r.Live -= int64(m.bytes)
+	m.d.r.Live -= m.taken
 	if m.packed {
-		m.d.r.Packed -= int64(m.bytes)
+		m.d.r.Packed -= m.taken
 	}
 	return nil
 }

@@ -25,7 +25,7 @@ type Total struct {
 // Report is what a plan counted.
 type Report struct {
 	Ops    map[engine.Op]Total
-	Live   int64 // bytes allocated now, packed weights included
+	Live   int64 // bytes allocated now, packed weights and workspaces of streams included
 	Packed int64 // of them, packed weights
 	Peak   int64 // most bytes allocated at once
 	Allocs int64 // number of allocations

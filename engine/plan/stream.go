@@ -4,8 +4,35 @@ import "margo/engine"
 
 // stream counts each op after checking its arguments.
 type stream struct {
-	d   *Device
-	rec *graph // being captured; nil: not capturing
+	d         *Device
+	rec       *graph // being captured; nil: not capturing
+	own, work int64  // bytes asked from the beginning, and for the workspace of ops
+}
+
+// workspace makes the workspace one of take bytes where it has less than need. The old one is given back before.
+func (s *stream) workspace(need, take int64) error {
+	if need <= s.work {
+		return nil
+	}
+	if s.work > 0 {
+		s.d.give(s.d.Block(s.work))
+		s.work = 0
+	}
+	if err := s.d.take(s.d.Block(take), false); err != nil {
+		return err
+	}
+	s.work = take
+	return nil
+}
+
+// Held is what the stream takes for itself.
+func (s *stream) Held() (n int64) {
+	for _, bytes := range []int64{s.own, s.work} {
+		if bytes > 0 {
+			n += s.d.Block(bytes)
+		}
+	}
+	return n
 }
 
 // graph is the work counted during a capture.
@@ -66,7 +93,13 @@ func (s *stream) Fill(dst *engine.Tensor, _ float32) error {
 func (s *stream) Record() (engine.Event, error) { return event{}, nil }
 func (s *stream) Wait(engine.Event) error       { return nil }
 func (s *stream) Sync() error                   { return nil }
-func (s *stream) Close() error                  { return nil }
+
+// Close gives the stream's workspace back.
+func (s *stream) Close() error {
+	s.d.give(s.Held())
+	s.own, s.work = 0, 0
+	return nil
+}
 
 // Capture collects the work of f, which is counted at each Launch.
 func (s *stream) Capture(f func() error) (engine.Graph, error) {
@@ -113,13 +146,22 @@ func (s *stream) DiffusionStep(a engine.DiffusionStepArgs) error {
 	return s.run(engine.OpDiffusionStep, a.Check(), a.Cost)
 }
 func (s *stream) HeadSteps(a engine.HeadStepsArgs) error {
-	return s.run(engine.OpHeadSteps, a.Check(), a.Cost)
+	err := a.Check()
+	if err == nil {
+		err = s.workspace(s.d.HeadBytes(a))
+	}
+	return s.run(engine.OpHeadSteps, err, a.Cost)
 }
 func (s *stream) Conv2D(a engine.Conv2DArgs) error {
 	return s.run(engine.OpConv2D, a.Check(), a.Cost)
 }
 func (s *stream) GroupNorm(a engine.GroupNormArgs) error {
-	return s.run(engine.OpGroupNorm, a.Check(), a.Cost)
+	err := a.Check()
+	if err == nil {
+		n := s.d.GroupNormBytes(a)
+		err = s.workspace(n, n)
+	}
+	return s.run(engine.OpGroupNorm, err, a.Cost)
 }
 func (s *stream) Categorical(a engine.CategoricalArgs) error {
 	return s.run(engine.OpCategorical, a.Check(), a.Cost)

@@ -10,7 +10,8 @@ import (
 
 // Estimate is what the largest batch of a request takes, counted by a dry run.
 type Estimate struct {
-	Activations int64             // bytes of device memory beside the parameters, at the peak
+	Activations int64             // bytes of tensors beside the parameters, at the peak
+	Memory      int64             // bytes that the device takes for them and for what its ops need for themselves
 	Work        plan.Report       // launches, FLOPs and traffic of the batch
 	steps       int               // iterations of a batch
 	perIter     []float64         // FLOPs done after each iteration, as a share of the batch
@@ -19,7 +20,7 @@ type Estimate struct {
 }
 
 // headScratch is what a fused head loop may allocate for itself
-// (HeadStepsArgs.Scratch).
+// (HeadStepsArgs.Scratch); a device may take more, and says so (engine.Footprint).
 const headScratch = 64 << 20
 
 // Estimate counts what r takes without running it.
@@ -41,12 +42,13 @@ func (e *Engine) estimate(r *Request, done int) (est Estimate, err error) {
 	if err != nil {
 		return est, err
 	}
-	dev := plan.New(0)
+	dev := plan.For(e.dev)
 	c, err := engine.NewCtx(dev, e.opt.Compute)
 	if err != nil {
 		return est, err
 	}
 	defer c.Close()
+	own := engine.StreamHeld(c.Stream) // which e's stream has as well
 	if e.dev.Info().OwnMemory {
 		est.constants = engine.NewConstants()
 		c.Constants = est.constants
@@ -61,6 +63,7 @@ func (e *Engine) estimate(r *Request, done int) (est Estimate, err error) {
 	if est.constants != nil {
 		est.Activations += int64(est.constants.Bytes())
 	}
+	est.Memory = dev.Block(int64(engine.ReserveBytes(int(est.Activations)))) + engine.StreamHeld(c.Stream) - own
 	if all := float64(est.Work.Total().FLOPs()); all > 0 {
 		for i := range est.perIter {
 			est.perIter[i] /= all
@@ -69,11 +72,22 @@ func (e *Engine) estimate(r *Request, done int) (est Estimate, err error) {
 	return est, err
 }
 
-// fits refuses what the device has no memory for, before the first kernel.
+// fits refuses what the device has no memory for, before the first kernel. What an earlier run has left to e counts as free.
 func (e *Engine) fits(est Estimate) error {
 	info := e.dev.Info()
-	need := est.Activations + headScratch
-	if info.MemFree <= 0 || need <= info.MemFree {
+	if info.MemFree <= 0 {
+		return nil
+	}
+	layout := plan.For(e.dev)
+	held := engine.StreamHeld(e.c.Stream)
+	if n := layout.StreamBytes(); n > 0 {
+		held -= layout.Block(n) // which it has from the beginning
+	}
+	for _, n := range e.c.Arena.Chunks() {
+		held += layout.Block(int64(n))
+	}
+	need := est.Memory - held
+	if need <= info.MemFree {
 		return nil
 	}
 	return &engine.Error{Op: "sample", Kind: engine.OutOfMemory, Device: info.Name,
