@@ -18,6 +18,7 @@ type attentionCall struct {
 	keys    []int32
 	causal  bool
 	paged   bool
+	wrong   bool    // the table names a block that does not exist, for keys 16 to 31 of the last sequence
 	nan     bool    // the last key of each sequence is NaN: spoils who sees it, and nobody else
 	scale   float32 // 0: 1/√dh
 	grows   bool    // later keys are larger, so that sums are rescaled from tile to tile
@@ -71,6 +72,12 @@ func (a attentionCall) launched(t testing.TB, m *Module, name string) (*problem,
 				}
 			}
 		}
+		if a.wrong { // the first block serves in its place
+			table[(seqs-1)*perSeq+1] = 0
+			for r := range cacheBlock {
+				owned[r] = true
+			}
+		}
 	} else {
 		owned, last = make([]bool, rows), make([]bool, rows)
 		for r := range rows {
@@ -104,6 +111,15 @@ func (a attentionCall) launched(t testing.TB, m *Module, name string) (*problem,
 		blocks = p.in(engine.I32, fixed(table...), seqs, perSeq)
 		at, blockCount = blocks.at, rows/cacheBlock
 	}
+	told := uint32(0)
+	if a.wrong {
+		b, err := p.mem.Bytes(at+uint64(4*((seqs-1)*perSeq+1)), 4)
+		if err != nil {
+			t.Fatal(err)
+		}
+		store(b, uint64(blockCount))
+		told = 1<<31 + uint32(seqs-1) // DEVICE_ERROR_BLOCKS of plugin.h
+	}
 	if a.causal {
 		causal = 1
 	}
@@ -120,8 +136,8 @@ func (a attentionCall) launched(t testing.TB, m *Module, name string) (*problem,
 		l.Grid = [3]int{a.heads, seqs, 1}
 	}
 	launch(t, m, p.mem, l, name)
-	if e := words(t, p.mem, bad, 1)[0]; e != 0 {
-		t.Errorf("the error word is %d", e)
+	if e := words(t, p.mem, bad, 1)[0]; e != told {
+		t.Errorf("the error word is %#x, not %#x", e, told)
 	}
 	return p, func(s engine.Stream, at func(*operandOf) *engine.Tensor) error {
 		c := engine.AttentionArgs{Q: at(q), K: at(k), V: at(v), O: at(o), Heads: a.heads, Scale: a.scale, Causal: a.causal,
@@ -165,6 +181,18 @@ func (a attentionCall) both(t testing.TB, m *Module, name string) {
 	a.run(t, m, name)
 	a.nan, a.queries, a.keys = true, []int32{3}, []int32{int32(a.tile + 3)}
 	a.run(t, m, name)
+	a.wrongBlock(t, m, name, 2, 3)
+}
+
+// wrongBlock runs two sequences of a cache, the table of the second with a block that does not exist: the kernel says so and reads the first.
+func (a attentionCall) wrongBlock(t testing.TB, m *Module, name string, queries ...int32) {
+	t.Helper()
+	if !a.paged {
+		return
+	}
+	a.nan, a.grows, a.causal, a.scale, a.wrong = false, false, false, 0, true
+	a.heads, a.queries, a.keys = 1, queries, []int32{9, 40}
+	a.run(t, m, name)
 }
 
 // attentionKernel runs a bf16 kernel of attention.cu or attention_paged.cu.
@@ -190,4 +218,5 @@ func attentionDecodeKernel(t testing.TB, m *Module, name string) {
 	}
 	a.heads, a.queries, a.keys = 2, []int32{1, 0, 1, 1}, []int32{75, 4, 1, 9}
 	a.run(t, m, name)
+	a.wrongBlock(t, m, name, 1, 1)
 }

@@ -249,10 +249,15 @@ func headSiLUKernel(t testing.TB, m *Module, name string) {
 }
 
 // headLatencyKernel runs two steps of a head of two blocks with three guided tokens, all blocks of the grid taking turns. One of
-// the four layers lies in shared memory. Noise is given in the first run; in the second it is drawn, and the last step is the last of all.
+// the four layers lies in shared memory. Noise is given in the first run; in the second it is drawn, and the last step is the last of all. In
+// a third the blocks run one after the other: the first waits in vain for the rest, until its time is over, and all must say so and end.
 func headLatencyKernel(t testing.TB, m *Module, name string) {
 	n, _ := tile(name)
-	for _, given := range []bool{true, false} {
+	for run := range 3 {
+		given, stalls, stepTime := run == 0, run == 2, 0
+		if stalls {
+			stepTime = 50_000
+		}
 		const tokens, w, c, depth, count, resident, most = 3, 32, 6, 2, 2, 1, 160
 		own := 8 * n[0]
 		h := newHead(t, tokens, w, c, depth, count, engine.BF16, given)
@@ -286,10 +291,13 @@ func headLatencyKernel(t testing.TB, m *Module, name string) {
 			zeros(2*tokens*most), zeros(2*tokens*w/2), zeros(2*tokens*w/2), zeros(2*tokens*2*c*most), zeros(2*tokens*2*c), bad,
 			int32(depth), int32(resident), float32(headEps))...)
 		fixed := 4 * (2*8*16*own + 16*(own+1) + 16*2 + 16*2*32 + 16*32 + 64*(own+1) + own*33)
-		launch(t, m, h.mem, Launch{Grid: [3]int{w / own}, Block: [3]int{256}, Shared: fixed + resident*own*w*2, Cooperative: true, MaxSteps: 1 << 24,
-			Args: []any{b}}, name)
-		if e := words(t, h.mem, bad, 1)[0]; e != 0 {
+		launch(t, m, h.mem, Launch{Grid: [3]int{w / own}, Block: [3]int{256}, Shared: fixed + resident*own*w*2, Cooperative: !stalls, MaxSteps: 1 << 24,
+			StepTime: stepTime, Args: []any{b}}, name)
+		if e := words(t, h.mem, bad, 1)[0]; stalls != (e == math.MaxUint32) || !stalls && e != 0 { // DEVICE_ERROR_STALLED of plugin.h
 			t.Errorf("the error word is %#x", e)
+		}
+		if stalls {
+			return
 		}
 		h.verify(func(s engine.Stream, at func(*operandOf) *engine.Tensor) error {
 			for i := range count {

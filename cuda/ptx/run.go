@@ -15,6 +15,7 @@ type Launch struct {
 	Args        []any  // uint32, int32, float32, uint64, int64, float64, or []byte for a struct
 	Poison      byte   // of new shared memory and of the targets of copies under way; 0: 0xff
 	MaxSteps    int    // of all warps together; 0: 2^28
+	StepTime    int    // nanoseconds of a step for those who look at a clock; 0: 1
 }
 
 type grid struct {

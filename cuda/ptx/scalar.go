@@ -49,7 +49,7 @@ func (w *warp) special(name string, lane int) uint64 {
 	case "%lanemask_lt":
 		return uint64(1)<<lane - 1
 	}
-	return uint64(g.steps) // %globaltimer, %clock64: time is counted in steps
+	return uint64(g.steps * max(g.launch.StepTime, 1)) // %globaltimer, %clock64: time is counted in steps
 }
 
 // shape says how a type lies in a register: norm brings bits to it, sign or zero extended.

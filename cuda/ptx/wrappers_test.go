@@ -282,6 +282,19 @@ func TestMemoryWrappers(t *testing.T) {
 	}
 }
 
+func TestTime(t *testing.T) {
+	m := parsed(t, compiled(t, "test/wrappers.cu"))
+	mem := &Memory{}
+	y := mem.Alloc(8 * 3 * 64)
+	launch(t, m, mem, Launch{Block: [3]int{64}, Args: []any{y}}, "w_time")
+	w := words(t, mem, y, 2*3*64)
+	for i := range uint32(64) {
+		if got, want := [6]uint32(w[6*i:]), [6]uint32{i, 0, 7, i << 8, 1, 0}; got != want {
+			t.Fatalf("thread %d: words %v, not %v", i, got, want)
+		}
+	}
+}
+
 // TestSeededBugs breaks the inline assembly as a typing error would: the comparisons above must see each.
 func TestSeededBugs(t *testing.T) {
 	text := compiled(t, "test/wrappers.cu")

@@ -99,3 +99,13 @@ extern "C" __global__ void w_memory(uint32_t *p, uint64_t *q, uint32_t *seen) {
 	__syncthreads();
 	seen[t] = gpu::ld_acquire(p);
 }
+
+// Thread t waits a little, then passes on t and a large number that keep has hidden, and whether time went by.
+extern "C" __global__ void w_time(uint64_t *y) {
+	uint64_t before = gpu::global_nanoseconds();
+	int t = int(threadIdx.x);
+	uint64_t large = uint64_t(t) << 40 | 7;
+	keep(t), keep(large);
+	gpu::spin();
+	y[3 * threadIdx.x] = uint64_t(t), y[3 * threadIdx.x + 1] = large, y[3 * threadIdx.x + 2] = gpu::global_nanoseconds() > before;
+}
