@@ -49,6 +49,21 @@ var mutants = []struct {
 	{"hopper", 5, `mbarrier: more than 1 arrivals|wrong result`, `mbarrier: more than 1 arrivals|race`},
 	{"hopper", 6, `copies of TMA under way|wrong result|deadlock|arrivals`, `copies of TMA under way|wrong result|race|deadlock|arrivals`},
 	{"hopper", 7, `mbarrier: .* not initialised`, `mbarrier: .* not initialised`},
+	{"values", 0, `^ok$`, `^ok$`},
+	{"values", 1, `wgmma without wgmma_fence`, `wgmma without wgmma_fence`},
+	{"values", 2, `^wrong result$|deadlock|arrivals`, `race|deadlock|arrivals`}, // TMA not waited for
+	{"values", 3, `^wrong result$|deadlock|arrivals`, `race|deadlock|arrivals`}, // the other phase waited for
+	{"values", 4, `product that writes them is under way`, `product that writes them is under way`},
+	{"values", 5, `^ok$|^wrong result$`, `race: .*write of shared memory`}, // slot released before the products have read it
+	{"values", 6, `^wrong result$`, `^wrong result$`},                      // A's registers changed before the wait
+	{"values", 7, `product that reads them is under way`, `product that reads them is under way`},
+	{"values", 8, `b, transposed, begins 32 bytes into 1024`, `b, transposed, begins 32 bytes into 1024`}, // k advances as if it were not transposed
+	{"values", 9, `next columns 16 bytes on, inside the first ones`, `next columns 16 bytes on`},
+	{"values", 10, `16 columns in blocks of 64`, `16 columns in blocks of 64`}, // the box of 16 taken for one of 64
+	{"values", 11, `^wrong result$`, `^wrong result$`},                         // another head
+	{"values", 12, `copies of TMA under way|wrong result|deadlock|arrivals`, `copies of TMA under way|wrong result|race|deadlock|arrivals`},
+	{"values", 13, `MisalignedAddress: .*tma_load: destination is no multiple of 256`, `MisalignedAddress: .*no multiple of 256`},
+	{"values", 14, `groups of 8 rows every 2048 bytes`, `groups of 8 rows every 2048 bytes`},
 	{"phases", 0, `^ok$`, `^ok$`},
 	{"phases", 1, `^ok$|wrong result`, `race: .* global memory`}, // no grid barrier
 	{"phases", 2, `^ok$|wrong result`, `race: .* global memory`}, // its load does not acquire

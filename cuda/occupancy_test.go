@@ -17,19 +17,21 @@ const budget = "../kernels/BUDGET.md"
 // compiled maps the names under which kernels with products are launched to those of the static table: which template a
 // launch takes. The sizes come from the launches and from the compiler.
 var compiled = map[string]string{
-	"attention_64":       "attention_kernel<Plan<64, 64, 4, 1>, true, false>",
-	"gemm_bf16_32x32":    "gemm_bf16<32, 32, 1, 2, 6, true>",
-	"gemm_bf16_64x64":    "gemm_bf16<64, 64, 2, 2, 4, true>",
-	"gemm_bf16_128x128":  "gemm_bf16<128, 128, 2, 4, 3, true>",
-	"gemm_bf16_128x256":  "gemm_bf16<128, 256, 2, 4, 3, true>",
-	"gemm_f32_64x64":     "gemm_f32<64, 64>",
-	"gemm_f32_128x128":   "gemm_f32<128, 128>",
-	"gemm_sm90a_64x32":   "gemm_wgmma<1, 32, 8>",
-	"gemm_sm90a_64x64":   "gemm_wgmma<1, 64, 6>",
-	"gemm_sm90a_64x128":  "gemm_wgmma<1, 128, 6>",
-	"gemm_sm90a_128x128": "gemm_wgmma<2, 128, 5>",
-	"gemm_sm90a_128x256": "gemm_wgmma<2, 256, 4>",
-	"head_latency":       "head_latency_kernel<2, 12>", // of three, the one with most registers
+	"attention_64":           "attention_kernel<Plan<64, 64, 4, 1>, true, false>",
+	"attention_sm90a_64x64":  "attention_wgmma<Hopper<64, 1, 4, 3> >",
+	"attention_sm90a_192x64": "attention_wgmma<Hopper<64, 3, 5, 1> >",
+	"gemm_bf16_32x32":        "gemm_bf16<32, 32, 1, 2, 6, true>",
+	"gemm_bf16_64x64":        "gemm_bf16<64, 64, 2, 2, 4, true>",
+	"gemm_bf16_128x128":      "gemm_bf16<128, 128, 2, 4, 3, true>",
+	"gemm_bf16_128x256":      "gemm_bf16<128, 256, 2, 4, 3, true>",
+	"gemm_f32_64x64":         "gemm_f32<64, 64>",
+	"gemm_f32_128x128":       "gemm_f32<128, 128>",
+	"gemm_sm90a_64x32":       "gemm_wgmma<1, 32, 8>",
+	"gemm_sm90a_64x64":       "gemm_wgmma<1, 64, 6>",
+	"gemm_sm90a_64x128":      "gemm_wgmma<1, 128, 6>",
+	"gemm_sm90a_128x128":     "gemm_wgmma<2, 128, 5>",
+	"gemm_sm90a_128x256":     "gemm_wgmma<2, 256, 4>",
+	"head_latency":           "head_latency_kernel<2, 12>", // of three, the one with most registers
 }
 
 // registers reads the static table: kernel and architecture → registers.

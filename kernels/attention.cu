@@ -1,5 +1,7 @@
-// attention.cu: op_attention, and its bf16 kernels for sequences whose keys are rows in a row.
+// attention.cu: op_attention, and its bf16 kernels for sequences whose keys are rows in a row. Hopper has kernels of its own for
+// common heads (attention_sm90a.cuh).
 #include "attention_mma.cuh"
+#include "attention_sm90a.cuh"
 
 template margo_status attention_bf16<false>(margo_stream *, const Attention &, const margo_attention_args *);
 extern template margo_status attention_bf16<true>(margo_stream *, const Attention &, const margo_attention_args *); // attention_paged.cu
@@ -22,5 +24,9 @@ margo_status op_attention(margo_stream *st, const margo_attention_args *a) {
 		if (a->max_q <= 1) return MARGO_OK;
 	}
 	if (a->q.dtype == MARGO_F32) return attention_f32(st, p, a);
+	if (attention_sm90a_serves(st->ctx, p, a)) {
+		margo_status s = attention_sm90a(st, p, a);
+		if (s != MARGO_UNSUPPORTED) return s;
+	}
 	return p.blocks ? attention_bf16<true>(st, p, a) : attention_bf16<false>(st, p, a);
 }

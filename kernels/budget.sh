@@ -43,7 +43,7 @@ count() { # NAME: rows of the kernels of a file, to $rows.NAME
     END { flush() }' >"$rows.sass"
   awk 'NR == FNR { s[$1] = $2 " " $3 " " $4 " " $5 " " $6 " " $7 " " $8; next } $1 in s { print $0, s[$1] }' "$rows.sass" "$rows.res" >"$rows"
 }
-files=(attention gemm gemm_sm90a head_latency) running=()
+files=(attention attention_sm90a gemm gemm_sm90a head_latency) running=()
 for name in "${files[@]}"; do
   [ -f "$objects/$name.o" ] || { echo "budget.sh: no $objects/$name.o: make cuda builds it" >&2; exit 1; }
   count "$name" & running+=($!)

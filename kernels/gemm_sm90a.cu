@@ -251,15 +251,18 @@ int choose_tile(int64_t m, int64_t n, int64_t k, int64_t sms) {
 
 } // namespace
 
-bool gemm_sm90a_serves(const margo_context *c, const margo_gemm_args *a) {
+bool sm90a_enabled(const margo_context *c) {
 	static const bool off = [] {
 		const char *v = getenv("MARGO_SM90");
 		return v && !strcmp(v, "0");
 	}();
-	if (off) return false;
+	return !off && c->cc() == 90;
+}
+
+bool gemm_sm90a_serves(const margo_context *c, const margo_gemm_args *a) {
 	auto fits = [](const margo_mat &m) { return m.dtype == MARGO_BF16 && m.p % 16 == 0 && m.ld % 8 == 0 && m.ld >= m.cols && m.ld < int64_t(1) << 36; };
 	const int64_t most = int64_t(1) << 30; // rows and columns are counted in 32 bits
-	return c->cc() == 90 && fits(a->x) && fits(a->w) && a->w.cols > 0 && a->w.cols < most && a->y.rows < most && a->y.cols < most &&
+	return sm90a_enabled(c) && fits(a->x) && fits(a->w) && a->w.cols > 0 && a->w.cols < most && a->y.rows < most && a->y.cols < most &&
 	       ceil_div(a->y.rows, 64) * ceil_div(a->y.cols, 32) < most;
 }
 

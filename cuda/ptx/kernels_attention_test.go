@@ -27,6 +27,7 @@ type attentionCall struct {
 	threads int
 	shared  int
 	decode  bool
+	sm90    bool // the kernels of attention_sm90a.cu, which take tensor maps
 }
 
 const cacheBlock = 16 // keys of a block of the cache
@@ -101,6 +102,9 @@ func (a attentionCall) launched(t testing.TB, m *Module, name string) (*problem,
 	}
 	p := newProblem(t)
 	p.gap = 8
+	if a.sm90 {
+		p.cc = 90
+	}
 	q, k, v := p.in(a.d, normal(1), int(qoff[seqs]), width), p.in(a.d, growing, rows, width), p.in(a.d, key, rows, width)
 	o := p.out(a.d, int(qoff[seqs]), width)
 	p.gap = 0
@@ -132,6 +136,18 @@ func (a attentionCall) launched(t testing.TB, m *Module, name string) (*problem,
 	l := Launch{Poison: 0x41, Grid: [3]int{(int(most) + a.rows - 1) / a.rows, a.heads, seqs}, Block: [3]int{a.threads}, Shared: a.shared,
 		Args: []any{args(q.at, k.at, v.at, o.at, pq.at, pk.at, int32(q.ld), int32(k.ld), int32(v.ld), int32(o.ld), int32(a.dh), causal, a.scale,
 			at, int32(perSeq), int32(cacheBlock), int32(blockCount), bad)}}
+	if a.sm90 {
+		var maps []byte
+		for _, x := range []*operandOf{q, k, v} {
+			maps = append(maps, headsMap(t, x.at, x.shape[0], a.heads, a.dh, x.ld, 64)...)
+			if a.dh%64 == 0 {
+				maps = append(maps, make([]byte, 128)...)
+			} else {
+				maps = append(maps, headsMap(t, x.at, x.shape[0], a.heads, a.dh, x.ld, 16)...)
+			}
+		}
+		l.Args = append([]any{maps}, l.Args...)
+	}
 	if a.decode {
 		l.Grid = [3]int{a.heads, seqs, 1}
 	}

@@ -1,6 +1,7 @@
 package ptx
 
 import (
+	"math"
 	"math/rand/v2"
 	"strings"
 	"testing"
@@ -62,6 +63,41 @@ func gemmSm90Kernel(t testing.TB, m *Module, name string) {
 		})
 	}
 	emulatedKernel(t, 90, "gemm_sm90a")
+}
+
+// headsMap encodes rows of heads of bf16 as margo_sm90.cuh's tensor_map_heads_bf16 asks the driver to: boxes of 64 rows and 64 or 16 columns.
+func headsMap(t testing.TB, at uint64, rows, heads, cols, ld, boxCols int) []byte {
+	t.Helper()
+	b, err := TensorMap{Base: at, Elem: 2, Dims: []uint64{uint64(cols), uint64(heads), uint64(rows)}, Strides: []uint64{uint64(2 * cols), uint64(2 * ld)},
+		Box: []int{boxCols, 1, 64}, Swizzle: 2 * boxCols}.Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+// attentionSm90Kernel runs a kernel of attention_sm90a.cu: two heads, of which sequences end within tiles of keys and within the queries of a
+// warpgroup; one causal with keys that grow, once around the ring of stages, so that sums are rescaled and a warpgroup ends before another; and three
+// queries of which only the last sees a key of NaN.
+func attentionSm90Kernel(t testing.TB, m *Module, name string) {
+	n, _ := tile(name)
+	d, wgs, stages := n[0], n[1], n[2]
+	a := attentionCall{d: engine.BF16, dh: d, sm90: true, rows: 64 * wgs, tile: 64, threads: 128*wgs + 32,
+		shared: (2*64*d*(wgs+2*stages)+8*(2+3*stages)+1023)/1024*1024 + 1024}
+	most := int32(64*wgs - 40)
+	a.heads, a.queries, a.keys = 2, []int32{most, 0, 3}, []int32{134, 4, 9}
+	a.run(t, m, name)
+	if d == 80 { // the last 8 columns of a box are zeros
+		b := a
+		b.dh = 72
+		b.run(t, m, name)
+	}
+	a.causal, a.grows, a.scale = true, true, float32(3/math.Sqrt(float64(d)))
+	a.heads, a.queries, a.keys = 1, []int32{most}, []int32{int32(64*stages) + 71}
+	a.run(t, m, name)
+	a.nan, a.queries, a.keys = true, []int32{3}, []int32{67}
+	a.run(t, m, name)
+	emulatedKernel(t, 90, "attention_sm90a")
 }
 
 // emulatedKernel sees to it that the emulator has run a kernel, and not another that serves as well.

@@ -36,6 +36,7 @@ var families = map[string]map[string]func(t testing.TB, m *Module, name string){
 	"diffusion.cu":        {"diffusion_step_kernel": diffusionStepKernel, "normal_kernel": normalKernel},
 	"attention.cu":        {"attention_kernel": attentionKernel},
 	"attention_paged.cu":  {"attention_kernel": attentionKernel},
+	"attention_sm90a.cu":  {"attention_wgmma": attentionSm90Kernel},
 	"attention_f32.cu":    {"attention_f32_kernel": attentionF32Kernel},
 	"attention_decode.cu": {"attention_decode_kernel": attentionDecodeKernel},
 	"categorical.cu":      {"categorical_kernel": categoricalKernel},

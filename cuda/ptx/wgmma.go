@@ -29,8 +29,8 @@ type issue struct {
 // together4 says whether the warps of a warpgroup do the same, of which each comes here in its own time.
 func (w *warp) together4(i issue) error {
 	b := w.block
-	if b.threads%128 != 0 {
-		return fmt.Errorf("a block of %d threads has warps of no warpgroup", b.threads)
+	if (w.index/4+1)*128 > b.threads { // warps after the last warpgroup may do other things
+		return fmt.Errorf("warp %d of a block of %d threads is in no warpgroup", w.index, b.threads)
 	}
 	all := &b.issued[w.index/4]
 	if n := w.issuedCount; n == len(*all) {

@@ -19,8 +19,9 @@ type Case struct {
 	// where a device asks for a large working set: they fill a GPU.
 	Large, Huge bool
 
-	exact bool // integers: one right result
-	build func(*env) work
+	exact   bool // integers: one right result
+	aligned bool // tensors begin where an arena lets them, as those of Bench do
+	build   func(*env) work
 }
 
 // work is a case on a device.

@@ -28,7 +28,7 @@ type env struct {
 // both are seen; shapes to be timed are.
 func newEnv(dev engine.Device, c *Case, rep int) *env {
 	e := &env{dev: dev, s: must(dev.NewStream()), name: c.Name, rep: rep, guard: 128}
-	if !c.Bench && newRandom(0, c.Name).next()&1 != 0 {
+	if !c.Bench && !c.aligned && newRandom(0, c.Name).next()&1 != 0 {
 		e.guard = 67
 	}
 	return e

@@ -93,15 +93,16 @@ struct Meeting { // of lanes at a collective
 struct Wgmma { // of a warp, under way
 	uint64_t a, b;
 	int n;
-	bool accumulate;
+	bool accumulate, in_registers; // A; B is then transposed
 	float *d[32];
+	const uint32_t *registers[32];
 	std::vector<float> value; // of the accumulators, by lane; empty while an earlier product into them is under way
 };
 
 struct Tma { // a copy under way
 	char *dst;
 	CUtensorMap map;
-	int x, y;
+	int x, head, y;
 	uint64_t *barrier;
 };
 

@@ -142,6 +142,66 @@ template <int BUG> __global__ void hopper(CUtensorMap x, CUtensorMap w, float *y
 	if (BUG == NO_PRODUCT_WAIT) gpu::wgmma_wait<0>();
 }
 
+// ---- Hopper: X·V for a head of V [K, 2 heads, 136], X in registers, V as its rows lie: 2 boxes of 64 columns, one of 16 ------
+
+constexpr int V_COLS = 136, V_TILE = 2 * 64 * 64 + 64 * 16;
+struct Values {
+	bf16 v[2][V_TILE];
+	uint64_t full[2], empty[2];
+};
+
+enum {
+	V_NO_FENCE = 1, V_NO_FULL_WAIT, V_WRONG_PHASE, V_NO_PRODUCT_WAIT, V_RELEASED_EARLY, V_REGISTERS_CHANGED, V_USED_EARLY, V_NOT_TRANSPOSED, V_NO_NEXT, V_TAIL_AS_WIDE,
+	V_WRONG_HEAD, V_NO_TAIL_BYTES, V_TAIL_MISALIGNED, V_GROUPS
+};
+
+template <int BUG> __global__ void values(CUtensorMap wide, CUtensorMap tail, const bf16 *x, float *y, int k) {
+	char *base = &gpu::smem<char>();
+	base += -gpu::shared_address(base) & 1023;
+	auto &s = *reinterpret_cast<Values *>(base);
+	if (threadIdx.x == 0) {
+		for (int i = 0; i < 2; i++) gpu::mbarrier_init(&s.full[i], 1), gpu::mbarrier_init(&s.empty[i], 4);
+		gpu::mbarrier_init_fence();
+	}
+	__syncthreads();
+	const int tail_at = 2 * 64 * 64 + (BUG == V_TAIL_MISALIGNED ? 64 : 0);
+	if (threadIdx.x >= 128) {
+		if (threadIdx.x != 128) return;
+		for (int t = 0; t < k / 64; t++) {
+			gpu::mbarrier_wait(&s.empty[t % 2], (t / 2 & 1) ^ 1);
+			gpu::mbarrier_arrive_expect(&s.full[t % 2], BUG == V_NO_TAIL_BYTES ? 64 * 256 : V_TILE * 2);
+			const int head = BUG == V_WRONG_HEAD ? 0 : 1;
+			for (int b = 0; b < 2; b++) gpu::tma_load_head(s.v[t % 2] + b * 64 * 64, &wide, b * 64, head, t * 64, &s.full[t % 2]);
+			gpu::tma_load_head(s.v[t % 2] + tail_at, &tail, 128, head, t * 64, &s.full[t % 2]);
+		}
+		return;
+	}
+	const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, col = threadIdx.x % 4 * 2;
+	float o[64] = {}, ot[8] = {};
+	for (int t = 0; t < k / 64; t++) {
+		uint32_t a[4][4];
+		for (int j = 0; j < 4; j++)
+			for (int e = 0; e < 4; e++) a[j][e] = *reinterpret_cast<const uint32_t *>(x + (row + e % 2 * 8) * k + t * 64 + j * 16 + e / 2 * 8 + col);
+		if (BUG != V_NO_FULL_WAIT) gpu::mbarrier_wait(&s.full[t % 2], (t / 2 & 1) ^ (BUG == V_WRONG_PHASE));
+		const uint64_t b = gpu::wgmma_tile(s.v[t % 2], BUG == V_NO_NEXT ? 16 : 8192) + (BUG == V_GROUPS ? uint64_t(64) << 32 : 0);
+		const uint64_t bt = BUG == V_TAIL_AS_WIDE ? gpu::wgmma_tile(s.v[t % 2] + tail_at) : gpu::wgmma_tile16(s.v[t % 2] + tail_at);
+		if (BUG != V_NO_FENCE) gpu::wgmma_fence();
+		for (int j = 0; j < 4; j++) {
+			gpu::wgmma_bf16_rt<128>(o, a[j], b + j * (BUG == V_NOT_TRANSPOSED ? 2 : 128), 1);
+			gpu::wgmma_bf16_rt<16>(ot, a[j], bt + j * 32, 1);
+		}
+		gpu::wgmma_commit();
+		if (BUG == V_REGISTERS_CHANGED) a[1][2] ^= 0x8000;
+		if (BUG == V_USED_EARLY) gpu::wgmma_settled(a[3]);
+		if (BUG == V_RELEASED_EARLY && threadIdx.x % 32 == 0) gpu::mbarrier_arrive(&s.empty[t % 2]);
+		if (BUG != V_NO_PRODUCT_WAIT) gpu::wgmma_wait<0>();
+		gpu::wgmma_settled(ot);
+		if (BUG != V_RELEASED_EARLY && threadIdx.x % 32 == 0) gpu::mbarrier_arrive(&s.empty[t % 2]);
+	}
+	for (int n = 0; n < V_COLS / 8; n++)
+		for (int e = 0; e < 4; e++) y[(row + e / 2 * 8) * V_COLS + n * 8 + col + e % 2] = n < 16 ? o[n * 4 + e] : ot[(n - 16) * 4 + e];
+}
+
 // ---- between blocks: y[i] = x[(i + 256) mod n] + 1 in two phases -----------------------------
 
 enum { NO_GRID_BARRIER = 1, BARRIER_WITHOUT_ACQUIRE, BARRIER_WITHOUT_RELEASE, ONE_ARRIVES_TWICE, NO_SYNC_BEFORE_ARRIVAL, TOO_FEW_ARRIVE };
@@ -265,6 +325,28 @@ template <int BUG> void run_hopper() {
 	print("hopper", BUG, verdict(e, y, p.want, {x, w, y}));
 }
 
+template <int BUG> void run_values() {
+	const int k = 192;
+	std::vector<bf16> x, v;
+	std::vector<float> want;
+	for (int i = 0; i < 64 * k; i++) x.push_back(to_bf16(draw()));
+	for (int i = 0; i < k * 2 * V_COLS; i++) v.push_back(to_bf16(draw()));
+	for (int r = 0; r < 64; r++)
+		for (int c = 0; c < V_COLS; c++) {
+			double sum = 0;
+			for (int i = 0; i < k; i++) sum += double(to_f32(x[size_t(r * k + i)])) * double(to_f32(v[size_t((i * 2 + 1) * V_COLS + c)]));
+			want.push_back(float(sum));
+		}
+	bf16 *dx = device(x), *dv = device(v);
+	float *y = device(std::vector<float>(want.size()));
+	CUtensorMap wide, tail;
+	if (!gpu::tensor_map_heads_bf16(&wide, dv, k, 2, V_COLS, 2 * V_COLS, 64, 64) || !gpu::tensor_map_heads_bf16(&tail, dv, k, 2, V_COLS, 2 * V_COLS, 64, 16))
+		return print("values", BUG, "no tensor map");
+	gpu::name_next_launch("values");
+	cudaError_t e = gpu::launch(values<BUG>, dim3(1), dim3(160), sizeof(Values) + 1024, nullptr, wide, tail, dx, y, k);
+	print("values", BUG, verdict(e, y, want, {dx, dv, y}));
+}
+
 template <int BUG> void run_sums() {
 	const int rows = 5, n = 300;
 	std::vector<float> x, want;
@@ -343,6 +425,7 @@ template <int SHARED, int GLOBAL> void run_strided(int shown) {
 template <int... BUG> void all_tiles(std::integer_sequence<int, BUG...>) { (run_tiles<BUG>(), ...); }
 template <int... BUG> void all_sums(std::integer_sequence<int, BUG...>) { (run_sums<BUG>(), ...); }
 template <int... BUG> void all_hopper(std::integer_sequence<int, BUG...>) { (run_hopper<BUG>(), ...); }
+template <int... BUG> void all_values(std::integer_sequence<int, BUG...>) { (run_values<BUG>(), ...); }
 template <int... BUG> void all_phases(std::integer_sequence<int, BUG...>) { (run_phases<BUG>(true, BUG), ...); }
 
 } // namespace
@@ -353,6 +436,7 @@ int main() {
 	all_tiles(std::make_integer_sequence<int, 8>());
 	all_sums(std::make_integer_sequence<int, 9>());
 	all_hopper(std::make_integer_sequence<int, 8>());
+	all_values(std::make_integer_sequence<int, 15>());
 	all_phases(std::make_integer_sequence<int, 7>());
 	run_phases<0>(false, 7); // an ordinary launch need not run all blocks at once
 	run_counts<0>(), run_counts<1>();
