@@ -159,7 +159,7 @@ func (d *Device) Info() engine.Info {
 	free = max(free, 0)
 	i := engine.Info{Name: d.name, Model: C.GoString(&now.name[0]), Arch: C.GoString(&now.arch[0]), Threads: int(now.sm_count),
 		MemTotal: int64(now.mem_total), MemFree: free, WorkingSet: workingSet, OwnMemory: true,
-		Truncates: now.emulated == 0}
+		Truncates: now.emulated == 0, KeepsFP8: d.HeadPath() == 2}
 	d.mu.Lock()
 	i.PeakF32, i.PeakBF16, i.PeakMemory = d.peaks[0], d.peaks[1], d.peaks[2]
 	d.mu.Unlock()
@@ -297,45 +297,4 @@ func (d *Device) Close() error {
 		err = d.errorf("close", engine.Internal, "%d bytes were not freed: %s", n, d.held.report(8))
 	}
 	return err
-}
-
-// packed is a weight with rows that begin at multiples of 16 bytes, so that
-// kernels can load it in vectors; what is added to a row is 0.
-type packed struct {
-	*buffer
-	dtype    engine.DType
-	n, k, ld int
-}
-
-// Pack copies W into aligned rows of the dtype asked for.
-func (d *Device) Pack(a engine.PackArgs) (engine.Packed, error) {
-	if err := d.named(a.Check()); err != nil {
-		return nil, err
-	}
-	n, k := a.W.Rows(), a.W.Cols()
-	p := &packed{dtype: a.DType, n: n, k: k, ld: packedRow(k, a.DType)}
-	var err error
-	if p.buffer, err = d.alloc("pack", int(d.PackedBytes(n, k, a.DType)), fmt.Sprintf("pack %v[%d,%d]", a.DType, n, k)); err != nil {
-		return nil, err
-	}
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	// W may still be on its way on any stream.
-	err = d.status("pack", C.m_synchronize(d.p.api, d.ctx))
-	s := &Stream{dev: d, s: d.util}
-	whole := engine.NewTensor(p.buffer, 0, a.DType, n, p.ld)
-	if err == nil && n > 0 {
-		err = s.Fill(whole, 0)
-	}
-	if err == nil && n > 0 && k > 0 {
-		err = s.Cast(engine.CastArgs{X: a.W, Y: whole.Slice(0, k), Scale: 1})
-	}
-	if err == nil {
-		err = s.Sync()
-	}
-	if err != nil {
-		p.Free()
-		return nil, err
-	}
-	return p, nil
 }

@@ -26,9 +26,25 @@ func (d *Device) Block(bytes int64) int64 {
 	return max((bytes+step-1)/step*step, 256)
 }
 
-// PackedBytes is the size of a weight whose rows begin at multiples of 16 bytes.
-func (d *Device) PackedBytes(n, k int, t engine.DType) int64 {
-	return int64(max(n*packedRow(k, t)*t.Size(), 16))
+// PackedBytes is the size of a weight whose rows begin at multiples of 16 bytes, with codes and scales of FP8 behind them where
+// the latency path reads those.
+func (d *Device) PackedBytes(a engine.PackArgs) int64 {
+	return int64(d.packing(a).bytes)
+}
+
+// packing is how Pack lays a weight out. Codes and scales are at offsets behind the rows; 0: none.
+type packing struct{ ld, codes, scales, bytes int }
+
+func (d *Device) packing(a engine.PackArgs) (p packing) {
+	n, k := a.W.Rows(), a.W.Cols()
+	p.ld = packedRow(k, a.DType)
+	p.bytes = max(n*p.ld*a.DType.Size(), 16)
+	if a.FP8 && d.HeadPath() == 2 && n > 0 && k > 0 && n%8 == 0 && k%16 == 0 {
+		p.codes = p.bytes
+		p.scales = p.codes + n*k
+		p.bytes = p.scales + 4*n
+	}
+	return p
 }
 
 // packedRow is the number of elements from one row to the next.

@@ -79,9 +79,13 @@ func TestPlannedMemory(t *testing.T) {
 		for _, c := range []struct {
 			compute engine.DType
 			batch   int
-		}{{engine.F32, 1}, {engine.BF16, 3}, {engine.F32, 40}} {
-			t.Run(fmt.Sprintf("%v/%d/cublaslt=%s", c.compute, c.batch, lt), func(t *testing.T) {
+			fp8     bool // the head's weights, with the latency path, which keeps codes
+		}{{compute: engine.F32, batch: 1}, {compute: engine.BF16, batch: 3}, {compute: engine.F32, batch: 40}, {engine.BF16, 3, true}} {
+			t.Run(fmt.Sprintf("%v/%d/fp8=%v/cublaslt=%s", c.compute, c.batch, c.fp8, lt), func(t *testing.T) {
 				t.Setenv("MARGO_CUBLASLT", lt)
+				if c.fp8 {
+					t.Setenv("MARGO_HEAD_PATH", "latency")
+				}
 				r := sample.Defaults()
 				r.N, r.Batch, r.Iters, r.HeadSteps, r.CFG, r.Labels = 2*c.batch, c.batch, 4, 20, 3, []int{1}
 				open := func(dev engine.Device) (*sample.Engine, func()) {
@@ -89,6 +93,9 @@ func TestPlannedMemory(t *testing.T) {
 					m, err := mar.New(cfg)
 					if err != nil {
 						t.Fatal(err)
+					}
+					if c.fp8 {
+						m.Head.FP8()
 					}
 					if err := weights.Allocate(engine.Params(m), dev, c.compute); err != nil {
 						t.Fatal(err)
@@ -131,6 +138,9 @@ func TestPlannedMemory(t *testing.T) {
 					t.Fatalf("with what was planned: %v", err)
 				}
 				within(t, own+planned, d)
+				if kernelRan(d, "head_latency_fp8") != c.fp8 {
+					t.Errorf("the head's weights in FP8 are used: %v, asked for: %v", !c.fp8, c.fp8)
+				}
 				n, err := run(own + planned - 1)
 				wantError(t, "with a little less", err, engine.OutOfMemory, "sample (emu:0): out of memory: needs ")
 				if n != 0 {

@@ -34,6 +34,9 @@ func traced(t *testing.T, env ...string) (*Device, *sample.Engine) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	if os.Getenv("MARGO_HEAD_WEIGHTS") == "fp8" { // as margo sample has it
+		m.Head.FP8()
+	}
 	if err := weights.Allocate(engine.Params(m), d, engine.BF16); err != nil {
 		t.Fatal(err)
 	}
@@ -86,13 +89,14 @@ func launched(t *testing.T, d *Device, e *sample.Engine, r sample.Request) Count
 // first is F32 (design: amplification) and not in a graph. Large batches make the
 // modulations of few steps at a time, and so more and shorter graphs.
 var launches = []struct {
-	path                          string
+	path, weights                 string
 	batch                         int
 	kernels, graphs, graphKernels int64
 }{
-	{"throughput", 1, 14026, 64, 64 * 99 * 19},
-	{"throughput", 64, 46294, 563, 118047},
-	{"latency", 1, 14026 + 64, 0, 0}, // one kernel for the 99 steps
+	{"throughput", "", 1, 14026, 64, 64 * 99 * 19},
+	{"throughput", "", 64, 46294, 563, 118047},
+	{"latency", "", 1, 14026 + 64, 0, 0}, // one kernel for the 99 steps
+	{"latency", "fp8", 1, 14026 + 64, 0, 0},
 }
 
 // TestLaunches: a whole sample is enqueued without a wait. What the host knows goes over
@@ -103,8 +107,8 @@ func TestLaunches(t *testing.T) {
 		t.Skip("the emulator's counters")
 	}
 	for _, want := range launches {
-		t.Run(fmt.Sprintf("%s/%d", want.path, want.batch), func(t *testing.T) {
-			d, e := traced(t, "MARGO_HEAD_PATH="+want.path)
+		t.Run(fmt.Sprintf("%s%s/%d", want.path, want.weights, want.batch), func(t *testing.T) {
+			d, e := traced(t, "MARGO_HEAD_PATH="+want.path, "MARGO_HEAD_WEIGHTS="+want.weights)
 			planned := plannedMemory(t, d, e, marB(want.batch))
 			if first := launched(t, d, e, marB(want.batch)); first.Syncs != 0 || first.CopiesIn != 1 || first.CopiesOut != 1 {
 				t.Errorf("the first run waits %d times and copies %d times in and %d out", first.Syncs, first.CopiesIn, first.CopiesOut)
@@ -123,6 +127,9 @@ func TestLaunches(t *testing.T) {
 				t.Errorf("%d kernels, %d graphs with %d kernels; want %d, %d and %d", c.Kernels, c.Graphs, c.GraphKernels, want.kernels, want.graphs, want.graphKernels)
 			}
 			within(t, planned, d)
+			if got, asked := kernelRan(d, "head_latency_fp8"), want.weights == "fp8"; got != asked {
+				t.Errorf("the head's weights in FP8 are used: %v, asked for: %v", got, asked)
+			}
 			if tokens := int64(want.batch * 256 * 16 * 4); int64(c.BytesOut) != tokens {
 				t.Errorf("%d bytes come back, the tokens have %d", c.BytesOut, tokens)
 			}

@@ -31,7 +31,8 @@ var compiled = map[string]string{
 	"gemm_sm90a_64x128":      "gemm_wgmma<1, 128, 6>",
 	"gemm_sm90a_128x128":     "gemm_wgmma<2, 128, 5>",
 	"gemm_sm90a_128x256":     "gemm_wgmma<2, 256, 4>",
-	"head_latency":           "head_latency_kernel<2, 12>", // of three, the one with most registers
+	"head_latency":           "head_latency_kernel<2, 12, false>", // of three, the one with most registers
+	"head_latency_fp8":       "head_latency_kernel<2, 12, true>",
 }
 
 // registers reads the static table: kernel and architecture → registers.
@@ -71,9 +72,10 @@ func TestOccupancyTable(t *testing.T) {
 	b.WriteString("\n| launch | kernel | GPU | registers | threads | shared memory | blocks by registers | by the rest | warps of 64 |\n|---|---|---|---|---|---|---|---|---|\n")
 	for _, g := range []struct{ cc, sms, arch, name string }{{"80", "108", "sm_80", "A100"}, {"90", "132", "sm_90a", "H100"}} {
 		rows := map[string]string{}
-		for _, path := range []string{"throughput", "latency"} {
-			t.Run(g.name+" "+path, func(t *testing.T) {
-				d, e := traced(t, "MARGO_EMU_CC="+g.cc, "MARGO_EMU_SMS="+g.sms, "MARGO_HEAD_PATH="+path)
+		for _, head := range [][2]string{{"throughput", ""}, {"latency", ""}, {"latency", "fp8"}} {
+			path := head[0]
+			t.Run(g.name+" "+path+head[1], func(t *testing.T) {
+				d, e := traced(t, "MARGO_EMU_CC="+g.cc, "MARGO_EMU_SMS="+g.sms, "MARGO_HEAD_PATH="+path, "MARGO_HEAD_WEIGHTS="+head[1])
 				few := marB(1)
 				few.Iters, few.HeadSteps = 8, 10
 				launched(t, d, e, few)

@@ -193,6 +193,9 @@ func (s *Stream) HeadSteps(a engine.HeadStepsArgs) error {
 	if exact {
 		x.exact = s.head(a.Exact, &pin, &err)
 	}
+	if x.path == 2 {
+		x.fp8 = fp8(a.Weights, &pin)
+	}
 	if a.Cancel != nil {
 		pin.Pin(a.Cancel)
 		x.cancel = (*C.uint32_t)(unsafe.Pointer(a.Cancel))
@@ -226,6 +229,27 @@ func (s *Stream) head(w *engine.HeadWeights, pin *runtime.Pinner, err *error) C.
 		h.blocks = &blocks[0]
 	}
 	return h
+}
+
+// fp8 describes the blocks' weights as codes, nil unless Pack has kept those of all. head has checked that they are this device's.
+func fp8(w *engine.HeadWeights, pin *runtime.Pinner) *C.margo_head_fp8 {
+	var all []C.margo_head_fp8
+	for _, b := range w.Blocks {
+		var pair [2]C.margo_fp8
+		for i, m := range []engine.Packed{b.Fc1.Packed, b.Fc2.Packed} {
+			p, ok := m.(*packed)
+			if !ok || p.codes == 0 {
+				return nil
+			}
+			pair[i] = C.margo_fp8{codes: p.addr + p.codes, scales: p.addr + p.scales}
+		}
+		all = append(all, C.margo_head_fp8{fc1: pair[0], fc2: pair[1]})
+	}
+	if all == nil {
+		return nil
+	}
+	pin.Pin(&all[0])
+	return &all[0]
 }
 
 // Conv2D is engine.Kernels.Conv2D.

@@ -12,6 +12,9 @@ func (a PackArgs) Check() error {
 	if floats>>a.DType&1 == 0 {
 		c.fail("DType is %v, want %v", a.DType, floats)
 	}
+	if a.FP8 && a.DType != BF16 {
+		c.fail("DType of a W in FP8 is %v, want %v", a.DType, BF16)
+	}
 	return c.err
 }
 

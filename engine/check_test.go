@@ -244,6 +244,8 @@ func TestCheck(t *testing.T) {
 		{"pack", PackArgs{W: f32(2, 3), DType: BF16}.Check(), ""},
 		{"pack", PackArgs{W: f32(2, 3), DType: I32}.Check(), "DType is i32"},
 		{"pack", PackArgs{}.Check(), "W is nil"},
+		{"pack", PackArgs{W: f32(2, 3), DType: BF16, FP8: true}.Check(), ""},
+		{"pack", PackArgs{W: f32(2, 3), DType: F32, FP8: true}.Check(), "DType of a W in FP8 is f32, want bf16"},
 		{"fill", CheckFill(i32(3)), ""},
 		{"copy", CheckCopy(f32(3, 2), f32(2, 3)), "src is 2×3"},
 		{"copy", CheckCopy(f32(3, 2), bf16(3, 2)), "different dtypes"},

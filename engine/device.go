@@ -17,6 +17,7 @@ type Info struct {
 	Truncates  bool    // sums of BF16 products are truncated, not rounded to nearest, as tensor cores do
 	WorkingSet int64   // bytes of activations that the device is best given at a time; 0: no preference
 	OwnMemory  bool    // what the host gives is copied to the device: few large copies are better than many small ones
+	KeepsFP8   bool    // Pack keeps codes and scales of a W in FP8 beside its BF16 numbers
 }
 
 // Device owns memory and makes streams. Its methods may be called from any
@@ -40,8 +41,8 @@ type Device interface {
 type Footprint interface {
 	// Block is what a buffer of so many bytes takes.
 	Block(bytes int64) int64
-	// PackedBytes is the size of the buffer that Pack makes of a W of n × k.
-	PackedBytes(n, k int, d DType) int64
+	// PackedBytes is the size of the buffer that Pack makes, by W's shape, DType and FP8.
+	PackedBytes(PackArgs) int64
 	// StreamBytes is the size of the buffer that a stream has from its beginning; 0: none.
 	StreamBytes() int64
 	// HeadBytes and GroupNormBytes are the workspace that an op needs, by the shapes of its arguments. The ops of a stream share

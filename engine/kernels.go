@@ -63,9 +63,14 @@ func (a Activation) String() string {
 
 // PackArgs describes a weight W [N, K] (PyTorch's [out, in]) to be packed for
 // Gemm in dtype DType. Convolution weights are packed as [Cout, kh·kw·Cin].
+//
+// FP8 says that every row of W is e4m3 numbers times a power of two, as
+// RoundE4M3 makes them, and DType BF16. A device with kernels that read such
+// codes keeps them beside (Info.KeepsFP8); to all others it is a W like any.
 type PackArgs struct {
 	W     *Tensor
 	DType DType
+	FP8   bool
 }
 
 // GemmArgs: Y = Residual + Gate ⊙ act(X·Wᵀ + Bias).

@@ -25,6 +25,10 @@ const (
 // BF16: T32 and Pack32, with the same rules as T and Pack. With F32 compute
 // both stay nil, and T and Pack serve: see Matrix.
 //
+// FP8 asks the loader to round the BF16 copy of a Weight to e4m3 times a power
+// of two for each row (RoundE4M3); the F32 copy stays as it is. With another
+// compute dtype it is an error. A part of a stack cannot ask for it.
+//
 // Stack, if not nil, is a larger parameter whose rows Row … Row+Shape[0]-1
 // this one is (for a vector: elements). The loader puts the rows into the
 // stack's tensor, packs the stack once all its parts are there, and leaves this
@@ -38,6 +42,7 @@ type Param struct {
 	Role   Role
 	F32    bool  // keep F32 whatever the compute dtype
 	Exact  bool  // keep an F32 copy too
+	FP8    bool  // round to e4m3, a power of two for each row
 	Order  []int // of the rows; nil: as they are
 	T      *Tensor
 	Pack   Packed

@@ -31,7 +31,7 @@ struct HeadLatencyRun {
 	int32_t n, r, c, w, count;
 };
 
-// head_latency_serves says whether a call can run there: bf16 weights, at most 16 rows, widths that are multiples of 16 up to
+// head_latency_serves says whether a call can run there: bf16 or FP8 weights, at most 16 rows, widths that are multiples of 16 up to
 // 1536, a device that holds the whole grid. head_latency_bytes is what it needs of workspace.
 bool head_latency_serves(const margo_context *, const margo_head_steps_args *);
 uint64_t head_latency_bytes(const margo_head_steps_args *);

@@ -6,6 +6,10 @@
 // fragments of mma.m16n8k16 (MAR-B: 12 layers, 192 KiB of 227); the rest is fetched from L2 into registers
 // while the block waits for the others.
 //
+// With FP8 weights (fp8.cuh) half the bytes: twice as many layers stay, and half as much is fetched. They become the bf16 numbers
+// that they stand for in registers, before the block waits for its operand; a row's power of two is applied to the sum. So the
+// result has the bits that bf16 weights of the same numbers give.
+//
 // Blocks exchange rows through L2 in words of 8 bytes: two bf16 (or one f32, or two f32 of 28 bits) and the number of
 // the exchange, written and read whole. So the data say by themselves that they have come: no barrier, no
 // fence. A buffer is written again only after the next exchanges, which need all blocks to have read it. Per
@@ -21,7 +25,10 @@
 //
 // A block that waits longer than kLimit sets the context's error word; then nobody waits any more, and the kernel ends. The
 // next wait for the stream reports a device fault.
+#include <type_traits>
+
 #include "act.cuh"
+#include "fp8.cuh"
 #include "head.cuh"
 #include "rng.cuh"
 
@@ -31,8 +38,9 @@ constexpr int kRows = 16, kMaxBlocks = 160, kMaxDepth = 16, kMaxC = 32;
 constexpr uint64_t kLimit = gpu::emulated ? 600'000'000'000 : 4'000'000'000; // ns
 
 struct LatencyBlock {
-	const bf16 *w1, *w2;
-	int64_t ld1, ld2;
+	const void *w1, *w2; // bf16 rows, or fragments of e4m3 (margo_fp8)
+	int64_t ld1, ld2;    // of rows
+	const float *s1, *s2; // of e4m3: scales
 	const float *b1, *b2, *norm_weight, *norm_bias;
 };
 
@@ -112,11 +120,12 @@ template <int LANES> MARGO_DEVICE float sum_of_group(float v) {
 	return v;
 }
 
-// NT: 8-column tiles of a block; KS: most k16 steps of a warp.
-template <int NT, int KS> __global__ void __launch_bounds__(256, 1) head_latency_kernel(const __grid_constant__ LatencyParams p) {
+// NT: 8-column tiles of a block; KS: most k16 steps of a warp; FP8: weights are e4m3.
+template <int NT, int KS, bool FP8> __global__ void __launch_bounds__(256, 1) head_latency_kernel(const __grid_constant__ LatencyParams p) {
 	constexpr int OWN = NT * 8;
 	auto &mem = gpu::smem<Fixed<NT>>();
-	auto *fragments = reinterpret_cast<uint2 *>(&mem + 1);
+	using Fragment = std::conditional_t<FP8, uint32_t, uint2>;
+	auto *fragments = reinterpret_cast<Fragment *>(&mem + 1);
 	const HeadLatencyRun &run = p.run;
 	const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, me = blockIdx.x, blocks = gridDim.x;
 	const int n = run.n, rows = run.r, c = run.c, w = run.w, k_steps = w / 16, col0 = me * OWN;
@@ -130,23 +139,36 @@ template <int NT, int KS> __global__ void __launch_bounds__(256, 1) head_latency
 		return layer % 2 ? b.w2 : b.w1;
 	};
 	// fragment of rows col0 + 8·tile … and k16 step ks, of the lane.
-	auto fetch = [&](const bf16 *base, int64_t ld, int tile, int ks) {
-		const bf16 *q = base + int64_t(col0 + tile * 8 + lane / 4) * ld + ks * 16 + lane % 4 * 2;
-		return make_uint2(*reinterpret_cast<const uint32_t *>(q), *reinterpret_cast<const uint32_t *>(q + 8));
+	auto fetch = [&](const void *base, int64_t ld, int tile, int ks) {
+		if constexpr (FP8) {
+			return static_cast<const uint32_t *>(base)[(int64_t(col0 / 8 + tile) * k_steps + ks) * 32 + lane];
+		} else {
+			const bf16 *q = static_cast<const bf16 *>(base) + int64_t(col0 + tile * 8 + lane / 4) * ld + ks * 16 + lane % 4 * 2;
+			return make_uint2(*reinterpret_cast<const uint32_t *>(q), *reinterpret_cast<const uint32_t *>(q + 8));
+		}
+	};
+	auto widen = [](Fragment v) {
+		if constexpr (FP8) {
+			uint2 b;
+			e4m3_to_bf16(v, b.x, b.y);
+			return b;
+		} else {
+			return v;
+		}
 	};
 	for (int i = tid; i < n * c; i += 256) mem.x[i] = run.x[i];
 	for (int i = tid; i < 2 * c * OWN; i += 256) mem.wf[i / OWN][i % OWN] = p.wf[int64_t(i / OWN) * p.ldf + col0 + i % OWN];
 	for (int i = tid; i < OWN * c; i += 256) mem.wi[i / c][i % c] = p.wi[int64_t(col0 + i / c) * p.ldi + i % c];
 	for (int layer = 0; layer < p.resident; layer++) {
 		int64_t ld;
-		const bf16 *base = weight(layer, ld);
+		const void *base = weight(layer, ld);
 #pragma unroll 4
 		for (int i = warp; i < k_steps * NT; i += 8) fragments[(layer * k_steps * NT + i) * 32 + lane] = fetch(base, ld, i % NT, i / NT);
 	}
 	__syncthreads();
 
 	int turn = 0; // of sums
-	// multiply gives the thread its element of buffer·Wᵀ, Σ over K in 8 parts.
+	// multiply gives the thread its element of buffer·Wᵀ, Σ over K in 8 parts, without the scale of FP8.
 	auto multiply = [&](int layer, const uint64_t *buffer, uint32_t tag) {
 		uint2 b[KS][NT];
 		if (layer < p.resident) {
@@ -154,15 +176,15 @@ template <int NT, int KS> __global__ void __launch_bounds__(256, 1) head_latency
 			for (int j = 0; j < KS; j++)
 #pragma unroll
 				for (int t = 0; t < NT; t++)
-					if (warp + 8 * j < k_steps) b[j][t] = fragments[((layer * k_steps + warp + 8 * j) * NT + t) * 32 + lane];
+					if (warp + 8 * j < k_steps) b[j][t] = widen(fragments[((layer * k_steps + warp + 8 * j) * NT + t) * 32 + lane]);
 		} else {
 			int64_t ld;
-			const bf16 *base = weight(layer, ld);
+			const void *base = weight(layer, ld);
 #pragma unroll
 			for (int j = 0; j < KS; j++)
 #pragma unroll
 				for (int t = 0; t < NT; t++)
-					if (warp + 8 * j < k_steps) b[j][t] = fetch(base, ld, t, warp + 8 * j);
+					if (warp + 8 * j < k_steps) b[j][t] = widen(fetch(base, ld, t, warp + 8 * j));
 		}
 		uint64_t v[KS * 4];
 		const uint64_t *low = buffer + int64_t(lane / 4) * (w / 2) + warp * 8 + lane % 4, *high = low + 8 * (w / 2); // of rows g and g+8
@@ -260,8 +282,14 @@ template <int NT, int KS> __global__ void __launch_bounds__(256, 1) head_latency
 			publish(p.u, u * (1.0f + scale) + shift, tag);
 			float g = gate;
 			fetch_mods(b + 1);
-			publish(p.f, activate(MARGO_SILU, multiply(2 * b, p.u, tag) + b1), tag);
-			s += g * (multiply(2 * b + 1, p.f, tag) + b2);
+			if constexpr (FP8) {
+				const float s1 = k.s1[col], s2 = k.s2[col];
+				publish(p.f, activate(MARGO_SILU, multiply(2 * b, p.u, tag) * s1 + b1), tag);
+				s += g * (multiply(2 * b + 1, p.f, tag) * s2 + b2);
+			} else {
+				publish(p.f, activate(MARGO_SILU, multiply(2 * b, p.u, tag) + b1), tag);
+				s += g * (multiply(2 * b + 1, p.f, tag) + b2);
+			}
 		}
 
 		float u = normalise(s, uint32_t(step * (p.depth + 1) + p.depth)) * (1.0f + scale) + shift;
@@ -345,11 +373,11 @@ Plan plan(const margo_context *ctx, const margo_head_steps_args *a) {
 	auto serves = [&](const margo_linear &m) { return m.w.dtype == MARGO_BF16 && m.w.p % 4 == 0 && m.w.ld % 2 == 0; };
 	if (r > kRows || c > kMaxC || w % 16 || w > 1536 || w == 0 || h.depth > kMaxDepth) return p;
 	for (int i = 0; i < h.depth; i++)
-		if (!serves(h.blocks[i].fc1) || !serves(h.blocks[i].fc2)) return p;
+		if (!a->fp8 && (!serves(h.blocks[i].fc1) || !serves(h.blocks[i].fc2))) return p;
 	const int64_t most = ctx->prop.multiProcessorCount < kMaxBlocks ? ctx->prop.multiProcessorCount : kMaxBlocks;
 	const int tiles = w <= 1024 && w / 8 <= most ? 1 : 2;
 	if (w / (8 * tiles) > most) return p;
-	size_t fixed = tiles == 1 ? sizeof(Fixed<1>) : sizeof(Fixed<2>), layer = size_t(tiles * 8 * w * 2), all = ctx->prop.sharedMemPerBlockOptin;
+	size_t fixed = tiles == 1 ? sizeof(Fixed<1>) : sizeof(Fixed<2>), layer = size_t(tiles * 8 * w * (a->fp8 ? 1 : 2)), all = ctx->prop.sharedMemPerBlockOptin;
 	if (all < fixed) return p;
 	p.resident = int((all - fixed) / layer);
 	if (p.resident > 2 * h.depth) p.resident = 2 * h.depth;
@@ -371,16 +399,20 @@ Buffers buffers(int64_t r, int64_t w, int64_t c) {
 	return b;
 }
 
-template <int NT, int KS> margo_status start(margo_stream *st, const LatencyParams &p, const Plan &plan) {
-	auto kernel = head_latency_kernel<NT, KS>;
+template <int NT, int KS, bool FP8> margo_status start(margo_stream *st, const LatencyParams &p, const Plan &plan) {
+	auto kernel = head_latency_kernel<NT, KS, FP8>;
 	margo_context *c = st->ctx;
 	const void *f = reinterpret_cast<const void *>(kernel);
 	int blocks = 0;
 	MARGO_TRY(with_room(c, "head_latency", [&] { return cudaFuncSetAttribute(f, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.smem)); }));
 	MARGO_TRY(check(c, cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, f, 256, plan.smem), "head_latency"));
 	if (int64_t(blocks) * c->prop.multiProcessorCount < plan.blocks) return MARGO_UNSUPPORTED;
-	note_launch(st, "head_latency", f, 256, plan.smem);
+	note_launch(st, FP8 ? "head_latency_fp8" : "head_latency", f, 256, plan.smem);
 	return with_room(c, "head_latency", [&] { return gpu::launch_cooperative(kernel, dim3(unsigned(plan.blocks)), dim3(256), plan.smem, st->s, p); });
+}
+template <bool FP8> margo_status start(margo_stream *st, const LatencyParams &p, const Plan &plan) {
+	if (plan.tiles == 1) return start<1, 8, FP8>(st, p, plan);
+	return p.run.w <= 1024 ? start<2, 8, FP8>(st, p, plan) : start<2, 12, FP8>(st, p, plan);
 }
 
 } // namespace
@@ -397,8 +429,12 @@ margo_status head_latency(margo_stream *st, const margo_head_steps_args *a, cons
 	LatencyParams p{};
 	for (int i = 0; i < h.depth; i++) {
 		const margo_head_block &b = h.blocks[i];
-		p.blocks[i] = {ptr<bf16>(b.fc1.w), ptr<bf16>(b.fc2.w),    b.fc1.w.ld,           b.fc2.w.ld, ptr<float>(b.fc1.bias), ptr<float>(b.fc2.bias),
-		               ptr<float>(b.norm_weight), ptr<float>(b.norm_bias)};
+		p.blocks[i] = {ptr<void>(b.fc1.w),     ptr<void>(b.fc2.w),     b.fc1.w.ld,                b.fc2.w.ld,              nullptr, nullptr,
+		               ptr<float>(b.fc1.bias), ptr<float>(b.fc2.bias), ptr<float>(b.norm_weight), ptr<float>(b.norm_bias)};
+		if (!a->fp8) continue;
+		const margo_head_fp8 &q = a->fp8[i];
+		p.blocks[i].w1 = reinterpret_cast<const void *>(q.fc1.codes), p.blocks[i].w2 = reinterpret_cast<const void *>(q.fc2.codes);
+		p.blocks[i].s1 = reinterpret_cast<const float *>(q.fc1.scales), p.blocks[i].s2 = reinterpret_cast<const float *>(q.fc2.scales);
 	}
 	p.run = run;
 	p.wi = ptr<float>(h.input.w), p.ldi = h.input.w.ld, p.bi = ptr<float>(h.input.bias);
@@ -409,6 +445,5 @@ margo_status head_latency(margo_stream *st, const margo_head_steps_args *a, cons
 	p.error = st->ctx->device_error, p.depth = h.depth, p.resident = pl.resident, p.eps = h.eps;
 	MARGO_TRY(check(st->ctx, cudaMemsetAsync(at(0), 0, b.bytes, st->s), "head_latency: clearing its buffers"));
 	st->rows_enqueued = true; // it may set the error word
-	if (pl.tiles == 1) return start<1, 8>(st, p, pl);
-	return run.w <= 1024 ? start<2, 8>(st, p, pl) : start<2, 12>(st, p, pl);
+	return a->fp8 ? start<true>(st, p, pl) : start<false>(st, p, pl);
 }

@@ -26,7 +26,7 @@ extern "C" {
 #endif
 
 #define MARGO_ABI_MAJOR 1
-#define MARGO_ABI_MINOR 4
+#define MARGO_ABI_MINOR 5
 
 typedef enum margo_status {
 	MARGO_OK = 0,
@@ -172,6 +172,17 @@ typedef struct margo_head_block {
 	margo_linear fc1, fc2;
 } margo_head_block;
 
+// margo_fp8 is a weight [N,K] as e4m3 numbers, N a multiple of 8 and K of 16, and a scale (F32, a power of two, NaN for a row that has one)
+// for each row. Codes lie as fragments of mma.m16n8k16: 128 bytes for each 8 rows × 16 columns, those of the same rows one
+// after another; in them 4 bytes for lane l: row l/4, columns 2(l%4) + {0, 1, 8, 9}. Both addresses are multiples of 4.
+typedef struct margo_fp8 {
+	uint64_t codes, scales;
+} margo_fp8;
+
+typedef struct margo_head_fp8 {
+	margo_fp8 fc1, fc2;
+} margo_head_fp8;
+
 typedef struct margo_head_weights {
 	margo_linear input, ada, final;
 	const margo_head_block *blocks; // host memory, read during the call
@@ -191,6 +202,7 @@ typedef struct margo_head_steps_args {
 	uint64_t workspace, workspace_bytes;
 	int32_t path; // 0: the plugin chooses; 1: throughput (GEMMs); 2: latency (persistent kernel)
 	int32_t reserved;
+	const margo_head_fp8 *fp8; // host memory, read during the call: the numbers of weights.blocks once more; NULL: none. For path 2
 } margo_head_steps_args;
 
 typedef struct margo_conv2d_args { // NHWC; see engine.Conv2DArgs

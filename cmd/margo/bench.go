@@ -63,6 +63,7 @@ Examples:
 			&cli.StringFlag{Name: "peers", Category: "Comparison", Value: ".", Usage: "`DIR`|of margo's sources, where make peers was run"},
 			&cli.BoolFlag{Name: "interleave", Category: "Comparison", Usage: "let all cases take turns, not only the sides of one; all models are in memory at once"},
 			deviceFlag(),
+			headWeightsFlag(),
 			threadsFlag(),
 			&cli.StringFlag{Name: "from", Category: "Output", DefaultText: "measure", Usage: "measure nothing: write or plot the reports in `FILES`|(a list) that --format json made"},
 			&cli.StringFlag{Name: "plot", Category: "Output", DefaultText: "none", Usage: "also draw seconds per image against work into `FILE`|, .png or .svg"},
@@ -81,6 +82,7 @@ type benchJob struct {
 	modes     []string // of PyTorch
 	batches   []int
 	dtypes    []engine.DType
+	fp8       bool     // weights of the head
 	iters     []int    // nil: the model's
 	headSteps []int    // nil: the model's
 	steps     []string // nil: the model's
@@ -127,6 +129,13 @@ func runBench(c *cli.Context) error {
 		return err
 	}
 	j.report = &bench.Report{Machine: bench.ThisMachine(), Decoded: c.Bool("decode"), Interleaved: c.Bool("interleave")}
+	if j.fp8 {
+		j.report.Notes = append(j.report.Notes, "margo's head weights are in fp8")
+		if note := fp8Note(j.dev.Info()); note != "" {
+			j.report.Notes = append(j.report.Notes, note)
+			j.log.Warn(note)
+		}
+	}
 	j.measure()
 	j.health("before")
 	failed := j.all(subjects)
@@ -196,6 +205,9 @@ func readBenchFlags(c *cli.Context) (*benchJob, error) {
 			return nil, usagef("--dtype: %q is not a dtype; use f32, bf16 or f32,bf16", s)
 		}
 		j.dtypes = append(j.dtypes, d)
+	}
+	if j.fp8, err = headFP8(c, j.dtypes...); err != nil {
+		return nil, err
 	}
 	return j, nil
 }

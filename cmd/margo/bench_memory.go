@@ -78,7 +78,7 @@ func (j *benchJob) memory(s *subject, d engine.DType, cases []bench.Case) (needs
 		}
 		return needs, x.Err()
 	}
-	g, err := newGenerator(s.info)
+	g, err := newGenerator(s.info, j.fp8)
 	if err != nil {
 		return nil, err
 	}

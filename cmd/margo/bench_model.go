@@ -236,7 +236,7 @@ func (j *benchJob) margo(s *subject, d engine.DType) (*bench.Margo, error) {
 	if own.Tok = tok; s.kind == bench.KindTokenizer {
 		return own, nil
 	}
-	g, err := newGenerator(s.info)
+	g, err := newGenerator(s.info, j.fp8)
 	if err != nil {
 		return nil, err
 	}

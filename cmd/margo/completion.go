@@ -19,6 +19,7 @@ var values = map[string][]string{
 	"order":        {"random", "raster", "confidence"},
 	"code-sampler": {"gumbel", "inverse"},
 	"dtype":        {"f32", "bf16"},
+	"head-weights": {"fp8"},
 	"device":       {"cpu", "cuda:0", "emu:0", "ref"},
 	"against":      {"pytorch", "pytorch-eager", "pytorch-tuned"},
 	"format":       bench.Formats,
@@ -30,7 +31,7 @@ var values = map[string][]string{
 	"sampler":      {"ddpm", "ddim"},
 	"cfg-channels": {"3", "all"},
 	"kind":         {"mar", "dit", "kl", "vq"},
-	"only":         {"table", "memory", "streams", "determinism", "traces", "speed"},
+	"only":         {"table", "memory", "streams", "determinism", "traces", "fp8", "speed"},
 	"ranks":        {"auto", "off"},
 }
 

@@ -10,6 +10,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"margo/engine"
 	"margo/engine/checkpoint"
 	"margo/engine/sample"
 )
@@ -17,6 +18,36 @@ import (
 // Flags that several commands share.
 func deviceFlag() cli.Flag {
 	return &cli.StringFlag{Name: "device", Value: "cpu", Category: "Machine", Usage: "`NAME`|where to compute: cpu, cuda:0 (a GPU), emu:0 (the CUDA kernels on the host: for checks, very slow), or ref, the float64 oracle (exact, very slow)"}
+}
+
+// headWeightsFlag is --head-weights, or MARGO_HEAD_WEIGHTS; see headFP8.
+func headWeightsFlag() cli.Flag {
+	return &cli.StringFlag{Name: "head-weights", EnvVars: []string{"MARGO_HEAD_WEIGHTS"}, Category: "Machine", DefaultText: "as --dtype", Usage: "`FORMAT`|fp8 rounds the weights of a MAR's diffusion head to e4m3, with --dtype bf16: half the bytes where MARGO_HEAD_PATH=latency is set on a GPU, elsewhere the same numbers in bf16"}
+}
+
+// headFP8 says whether the head's weights are asked for in FP8; all dtypes must be bf16 then.
+func headFP8(c *cli.Context, dtypes ...engine.DType) (bool, error) {
+	switch v := c.String("head-weights"); v {
+	case "":
+		return false, nil
+	case "fp8":
+	default:
+		return false, usagef("--head-weights (or MARGO_HEAD_WEIGHTS) is %q, it must be fp8, or left out for weights as --dtype", v)
+	}
+	for _, d := range dtypes {
+		if d != engine.BF16 {
+			return false, usagef("--head-weights fp8 needs --dtype bf16, not %v: what is computed in f32 keeps its weights", d)
+		}
+	}
+	return true, nil
+}
+
+// fp8Note says what FP8 weights of the head do not do on a device; empty where its kernels read them.
+func fp8Note(i engine.Info) string {
+	if i.KeepsFP8 {
+		return ""
+	}
+	return fmt.Sprintf("head weights in fp8: %s computes with the rounded numbers in bf16, which saves neither memory nor time; MARGO_HEAD_PATH=latency on a GPU reads the bytes", i.Name)
 }
 
 func threadsFlag() cli.Flag {

@@ -46,7 +46,7 @@ func (j *job) checkMemory(batchGiven bool, dev engine.Device, encode bool, outpu
 // memory is what the job takes at most of this device's memory.
 func (j *job) memory(of engine.Device, encode bool) (int64, error) {
 	dev := plan.For(of)
-	m, err := newGenerator(j.info)
+	m, err := newGenerator(j.info, j.fp8)
 	if err != nil {
 		return 0, err
 	}

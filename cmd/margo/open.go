@@ -87,9 +87,12 @@ type generator struct {
 	open   func(tok sample.Decoder, dev engine.Device, o sample.Options) (*sample.Engine, error)
 }
 
-// newGenerator describes the model, without values.
-func newGenerator(info *checkpoint.Model) (*generator, error) {
+// newGenerator describes the model, without values; fp8 asks for the head's weights in FP8.
+func newGenerator(info *checkpoint.Model, fp8 bool) (*generator, error) {
 	if info.Kind == checkpoint.KindDiT {
+		if fp8 {
+			return nil, usagef("--head-weights is for a MAR's diffusion head, and this is a DiT")
+		}
 		m, err := dit.New(info.DiT)
 		if err != nil {
 			return nil, err
@@ -102,14 +105,20 @@ func newGenerator(info *checkpoint.Model) (*generator, error) {
 	if err != nil {
 		return nil, err
 	}
+	if fp8 {
+		if m.Head == nil {
+			return nil, usagef("--head-weights is for a MAR's diffusion head, and this model has the %s head", info.MAR.HeadKind())
+		}
+		m.Head.FP8()
+	}
 	return &generator{engine.Params(m), func(tok sample.Decoder, dev engine.Device, o sample.Options) (*sample.Engine, error) {
 		return sample.Open(m, tok, dev, o)
 	}}, nil
 }
 
-// loadModel puts the weights on a device.
-func loadModel(ctx context.Context, f *checkpoint.File, info *checkpoint.Model, dev engine.Device, d engine.DType) (*generator, error) {
-	g, err := newGenerator(info)
+// loadModel puts the weights on a device, those of the head in FP8 if fp8 is set.
+func loadModel(ctx context.Context, f *checkpoint.File, info *checkpoint.Model, dev engine.Device, d engine.DType, fp8 bool) (*generator, error) {
+	g, err := newGenerator(info, fp8)
 	if err != nil {
 		return nil, err
 	}

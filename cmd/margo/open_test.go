@@ -90,7 +90,7 @@ func TestLoadingIsCancelled(t *testing.T) {
 	cancel()
 	dev := ref.New(ref.Exact)
 	free := dev.Info().MemFree
-	if _, err := loadModel(ctx, f, info, dev, engine.F32); exitCode(err) != exitInterrupted {
+	if _, err := loadModel(ctx, f, info, dev, engine.F32, false); exitCode(err) != exitInterrupted {
 		t.Errorf("exit %d: %v", exitCode(err), err)
 	}
 	if now := dev.Info().MemFree; now != free {

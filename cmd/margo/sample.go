@@ -79,6 +79,7 @@ Examples:
 			deviceFlag(),
 			ranksFlag(),
 			&cli.StringFlag{Name: "dtype", Category: "Machine", Value: "f32", Usage: "`DTYPE`|compute in f32, or in bf16: faster where the CPU has it, half the memory, small differences"},
+			headWeightsFlag(),
 			threadsFlag(),
 
 			&cli.StringFlag{Name: "out", Aliases: []string{"o"}, Category: "Output", Value: "samples", Usage: "`OUT`|what to write: a folder, NAME.png or NAME.npz"},
@@ -100,6 +101,7 @@ type job struct {
 	scale     float64 // --latent-scale, 0 if it was not given
 	tiles     tiling  // of the tokenizer
 	dtype     engine.DType
+	fp8       bool // weights of the head
 	draw      codeDraw
 	info      *checkpoint.Model
 	tokenizer *tokenizerFile
@@ -130,6 +132,7 @@ type imageParams struct {
 	Seed        uint64   `json:"seed"`
 	Device      string   `json:"device"`
 	DType       string   `json:"dtype"`
+	HeadWeights string   `json:"head_weights,omitempty"`
 	Image       string   `json:"image,omitempty"`
 	Mask        string   `json:"mask,omitempty"`
 
@@ -234,7 +237,10 @@ func runSample(c *cli.Context) error {
 	if err := j.checkMemory(c.IsSet("batch"), dev, known != nil, out.memory(j), log); err != nil {
 		return err
 	}
-	model, err := loadModel(c.Context, file, info, dev, j.dtype)
+	if note := fp8Note(dev.Info()); j.fp8 && note != "" {
+		log.Warn(note)
+	}
+	model, err := loadModel(c.Context, file, info, dev, j.dtype, j.fp8)
 	if err != nil {
 		return err
 	}
@@ -400,6 +406,9 @@ func readSampleFlags(c *cli.Context) (*job, error) {
 	if j.dtype, err = engine.ParseDType(c.String("dtype")); err != nil {
 		return nil, usagef("--dtype: %q is not a dtype; use f32 or bf16", c.String("dtype"))
 	}
+	if j.fp8, err = headFP8(c, j.dtype); err != nil {
+		return nil, err
+	}
 	if d := c.String("device"); d != "cpu" && d != "ref" && !isCUDA(d) {
 		_, err := openDevice(d, 0)
 		return nil, err
@@ -502,6 +511,9 @@ func (j *job) fillParams(c *cli.Context, dev engine.Device) {
 	if j.tiles.tile > 0 {
 		j.params.Tile, j.params.Overlap = j.tiles.tile, j.tiles.shared(j.info.Stride())
 	}
+	if j.fp8 {
+		j.params.HeadWeights = "fp8"
+	}
 	if j.draw.sampler != "" {
 		j.params.TopK, j.params.TopP = j.draw.topK, j.draw.topP
 	}
@@ -529,7 +541,7 @@ func (j *job) imageSize() int { return j.info.PixelSize() }
 func refuseOthers(c *cli.Context, kind string) error {
 	other, what := []string{"steps", "sampler", "eta", "cfg-channels"}, "a DiT, and this is a MAR"
 	if kind == checkpoint.KindDiT {
-		other, what = []string{"iters", "head-steps", "max-timestep", "cfg-schedule", "image", "mask", "patch-size",
+		other, what = []string{"iters", "head-steps", "max-timestep", "cfg-schedule", "image", "mask", "patch-size", "head-weights",
 			"order", "top-k", "top-p", "code-sampler", "choice-temperature"}, "a MAR, and this is a DiT"
 	}
 	for _, name := range other {

@@ -116,6 +116,19 @@ func TestSampleSameImages(t *testing.T) {
 	}
 }
 
+// Weights of the head in FP8 are in the picture's parameters, and a device that only rounds them is warned of.
+func TestSampleFP8(t *testing.T) {
+	dir := t.TempDir()
+	t.Setenv("MARGO_HEAD_WEIGHTS", "fp8")
+	code, _, msg := margo(quick("-n", "1", "--dtype", "bf16", "--out", dir)...)
+	if code != 0 || !strings.Contains(msg, "head weights in fp8: cpu computes with the rounded numbers in bf16") {
+		t.Errorf("exit %d: %s", code, msg)
+	}
+	if p := parameters(t, filepath.Join(dir, "00000.png")); p["head_weights"] != "fp8" || p["dtype"] != "bf16" {
+		t.Errorf("%v", p)
+	}
+}
+
 func TestSampleSheet(t *testing.T) {
 	dir := t.TempDir()
 	sheet, single := filepath.Join(dir, "sheet.png"), filepath.Join(dir, "single.png")

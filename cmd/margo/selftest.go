@@ -49,6 +49,9 @@ func selftestCommand() *cli.Command {
                same bits
   traces       the recorded runs of the authors' code in --goldens, in f32 and
                bf16
+  fp8          what weights in FP8 (sample --head-weights fp8) cost the head:
+               errors of weights and of predicted noise by layer, pictures of
+               the demo model
   speed        a roofline: ops of real shapes and the least time that the
                device's peaks allow them, what the compiler made of the kernels
                that ran, and margo bench of a small MAR job
@@ -67,7 +70,7 @@ Examples:
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "device", Value: "cuda:0", Category: "Machine", Usage: "`NAME`|to test: cuda:0, emu:0, cpu or ref"},
 			threadsFlag(),
-			&cli.StringFlag{Name: "only", Category: "Work", DefaultText: "all", Usage: "run only the parts in `LIST`|of table, memory, streams, determinism, traces, speed"},
+			&cli.StringFlag{Name: "only", Category: "Work", DefaultText: "all", Usage: "run only the parts in `LIST`|of table, memory, streams, determinism, traces, fp8, speed"},
 			&cli.BoolFlag{Name: "no-speed", Category: "Work", Usage: "leave out the speed"},
 			&cli.BoolFlag{Name: "quick", Category: "Work", Usage: "small sizes: leave out the shapes of real models"},
 			&cli.StringFlag{Name: "goldens", Value: filepath.Join("testdata", "goldens"), Category: "Work", Usage: "`DIR`|with the recorded traces; a folder that is not there is an error"},
@@ -100,6 +103,7 @@ type selftestReport struct {
 	Steps      []*selftestStep  `json:"steps"`
 	Roofline   []selftestTiming `json:"roofline,omitempty"`
 	Kernels    []cuda.Kernel    `json:"kernels,omitempty"`
+	FP8        *selftestFP8     `json:"fp8,omitempty"`
 	Memory     *cuda.Counters   `json:"counters,omitempty"` // of the device when it was closed
 	Bench      []bench.Row      `json:"bench,omitempty"`
 	Failed     int              `json:"failed"`
@@ -155,7 +159,7 @@ func runSelftest(c *cli.Context) error {
 	steps := []struct {
 		name string
 		run  func()
-	}{{"table", t.table}, {"memory", t.memory}, {"streams", t.streams}, {"determinism", t.determinism}, {"traces", t.traces}, {"speed", t.speed}}
+	}{{"table", t.table}, {"memory", t.memory}, {"streams", t.streams}, {"determinism", t.determinism}, {"traces", t.traces}, {"fp8", t.fp8}, {"speed", t.speed}}
 	only := list(c.String("only"))
 	if c.IsSet("only") && only == nil {
 		return usagef("--only is empty; name parts, or leave it out for all")
@@ -166,7 +170,7 @@ func runSelftest(c *cli.Context) error {
 			known = known || s.name == name
 		}
 		if !known {
-			return usagef("--only: %q is not a part; use table, memory, streams, determinism, traces or speed", name)
+			return usagef("--only: %q is not a part; use table, memory, streams, determinism, traces, fp8 or speed", name)
 		}
 	}
 	if _, err := os.Stat(t.goldens); err != nil {
@@ -363,7 +367,7 @@ func (t *selftest) sameTwice(path string, d engine.DType) error {
 		return err
 	}
 	defer f.Close()
-	g, err := loadModel(t.ctx, f, info, t.dev, d)
+	g, err := loadModel(t.ctx, f, info, t.dev, d, false)
 	if err != nil {
 		return err
 	}

@@ -13,7 +13,7 @@ import (
 func TestSelftest(t *testing.T) {
 	text := filepath.Join(t.TempDir(), "r.txt")
 	var r selftestReport
-	if err := json.Unmarshal([]byte(ok(t, "selftest", "--device", "cpu", "--quick", "--goldens", goldens, "--only", "memory,streams,determinism,speed",
+	if err := json.Unmarshal([]byte(ok(t, "selftest", "--device", "cpu", "--quick", "--goldens", goldens, "--only", "memory,streams,determinism,fp8,speed",
 		"--json", "--out", text)), &r); err != nil {
 		t.Fatal(err)
 	}
@@ -23,14 +23,17 @@ func TestSelftest(t *testing.T) {
 			t.Errorf("%+v", s)
 		}
 	}
-	if !slices.Equal(steps, []string{"memory", "streams", "determinism", "speed", "closing"}) || !r.Passed || r.Failed != 0 || !r.Small || r.Device.Name != "cpu" {
+	if !slices.Equal(steps, []string{"memory", "streams", "determinism", "fp8", "speed", "closing"}) || !r.Passed || r.Failed != 0 || !r.Small || r.Device.Name != "cpu" {
 		t.Errorf("%+v", r)
 	}
-	if len(r.LeftOut) != 3 || len(r.Roofline) < 40 || r.Machine.PeakF32 <= 0 || r.Roofline[0].Roofline <= 0 || r.Roofline[0].Bound == "" || r.Roofline[0].Bytes == 0 {
+	if len(r.LeftOut) != 4 || len(r.Roofline) < 40 || r.Machine.PeakF32 <= 0 || r.Roofline[0].Roofline <= 0 || r.Roofline[0].Bound == "" || r.Roofline[0].Bytes == 0 {
 		t.Errorf("left out %q; %d ops, the first %+v", r.LeftOut, len(r.Roofline), r.Roofline[0])
 	}
 	if len(r.Bench) != 1 || r.Bench[0].Side != "margo" || r.Bench[0].Seconds() <= 0 || r.Bench[0].FLOPs < r.Bench[0].OwnFLOPs || r.Bench[0].OwnFLOPs <= 0 {
 		t.Errorf("%+v", r.Bench)
+	}
+	if r.FP8 == nil || r.FP8.Recorded == nil || r.FP8.Demo == nil || len(r.FP8.Demo.Layers) != 6 || r.FP8.Recorded.Eps <= 0 || r.FP8.Images != nil {
+		t.Errorf("%+v", r.FP8)
 	}
 	b, err := os.ReadFile(text)
 	for _, want := range []string{"== streams\n", ": 0 differ from the case alone", "% of the roofline", "margo bench: mar_tiny_trained f32, batch 1", "left out: MAR-B", "selftest of cpu: passed in "} {

@@ -32,6 +32,12 @@ const headEps, headTemperature = 1e-6, 0.9
 // newHead makes the operands of count steps, and the state of one step more.
 func newHead(t testing.TB, n, w, c, depth, count int, compute engine.DType, given bool) *headProblem {
 	t.Helper()
+	return newHeadOf(t, n, w, c, depth, count, compute, given, normal(1/math.Sqrt(float64(w))))
+}
+
+// newHeadOf is newHead with blocks' weights that block makes.
+func newHeadOf(t testing.TB, n, w, c, depth, count int, compute engine.DType, given bool, block gen) *headProblem {
+	t.Helper()
 	p := newProblem(t)
 	h := &headProblem{problem: p, n: n, w: w, c: c, depth: depth, count: count, given: given, compute: compute,
 		rng: engine.RNG{Seed: 0x1122334455667788, Purpose: engine.PurposeStepNoise, Step: 17}}
@@ -43,7 +49,7 @@ func newHead(t testing.TB, n, w, c, depth, count int, compute engine.DType, give
 	h.wi, h.bi = p.in(engine.F32, normal(1/math.Sqrt(float64(c))), w, c), p.f32(w)
 	h.wf, h.bf = p.in(engine.F32, weight, 2*c, w), p.f32(2*c)
 	for range depth {
-		h.fc1, h.fc2 = append(h.fc1, p.in(compute, weight, w, w)), append(h.fc2, p.in(compute, weight, w, w))
+		h.fc1, h.fc2 = append(h.fc1, p.in(compute, block, w, w)), append(h.fc2, p.in(compute, block, w, w))
 		h.b1, h.b2 = append(h.b1, p.f32(w)), append(h.b2, p.f32(w))
 		h.normW, h.normB = append(h.normW, p.f32(w)), append(h.normB, p.f32(w))
 	}
@@ -248,11 +254,38 @@ func headSiLUKernel(t testing.TB, m *Module, name string) {
 	})
 }
 
+// fp8Scale is the power of two of a row of a weight in FP8.
+func fp8Scale(row int) float32 { return float32(math.Ldexp(1, row%3-10)) }
+
+// fp8Of makes weights of w columns in FP8, of all codes but those of NaN.
+func fp8Of(w int) gen {
+	return func(r *rand.Rand, i int) float32 {
+		c := byte(r.IntN(127) | r.IntN(2)<<7)
+		return engine.FromE4M3(c) * fp8Scale(i/w)
+	}
+}
+
+// fp8 puts the codes of o, as the fragments of margo_fp8, and its scales into memory.
+func (p *problem) fp8(o *operandOf) (codes, scales uint64) {
+	n, k := o.shape[0], o.shape[1]
+	words, s, v := make([]uint32, n*k/4), make([]float32, n), o.words(0)
+	for row := range n {
+		s[row] = fp8Scale(row)
+		for col := range k {
+			c := col % 16
+			word := (row/8*(k/16)+col/16)*32 + row%8*4 + c%8/2
+			code := engine.ToE4M3(math.Float32frombits(v[row*k+col]) / s[row])
+			words[word] |= uint32(code) << (8 * (c/8*2 + c%2))
+		}
+	}
+	return p.mem.U32(words), p.mem.F32(s)
+}
+
 // headLatencyKernel runs two steps of a head of two blocks with three guided tokens, all blocks of the grid taking turns. One of
 // the four layers lies in shared memory. Noise is given in the first run; in the second it is drawn, and the last step is the last of all. In
 // a third the blocks run one after the other: the first waits in vain for the rest, until its time is over, and all must say so and end.
 func headLatencyKernel(t testing.TB, m *Module, name string) {
-	n, _ := tile(name)
+	n, fp8 := tile(name)
 	for run := range 3 {
 		given, stalls, stepTime := run == 0, run == 2, 0
 		if stalls {
@@ -260,7 +293,11 @@ func headLatencyKernel(t testing.TB, m *Module, name string) {
 		}
 		const tokens, w, c, depth, count, resident, most = 3, 32, 6, 2, 2, 1, 160
 		own := 8 * n[0]
-		h := newHead(t, tokens, w, c, depth, count, engine.BF16, given)
+		block, size := normal(1/math.Sqrt(w)), 2
+		if fp8 {
+			block, size = fp8Of(w), 1
+		}
+		h := newHeadOf(t, tokens, w, c, depth, count, engine.BF16, given, block)
 		if !given {
 			h.first = 1
 		}
@@ -269,9 +306,14 @@ func headLatencyKernel(t testing.TB, m *Module, name string) {
 		var b []byte
 		for i := range 16 {
 			if i < depth {
-				b = append(b, args(h.fc1[i].at, h.fc2[i].at, int64(h.fc1[i].ld), int64(h.fc2[i].ld), h.b1[i].at, h.b2[i].at, h.normW[i].at, h.normB[i].at)...)
+				w1, w2, s1, s2 := h.fc1[i].at, h.fc2[i].at, uint64(0), uint64(0)
+				if fp8 {
+					w1, s1 = h.fp8(h.fc1[i])
+					w2, s2 = h.fp8(h.fc2[i])
+				}
+				b = append(b, args(w1, w2, int64(h.fc1[i].ld), int64(h.fc2[i].ld), s1, s2, h.b1[i].at, h.b2[i].at, h.normW[i].at, h.normB[i].at)...)
 			} else {
-				b = append(b, make([]byte, 64)...)
+				b = append(b, make([]byte, 80)...)
 			}
 		}
 		zeros := func(words int) uint64 { return h.mem.U32(make([]uint32, 2*words)) }
@@ -291,7 +333,7 @@ func headLatencyKernel(t testing.TB, m *Module, name string) {
 			zeros(2*tokens*most), zeros(2*tokens*w/2), zeros(2*tokens*w/2), zeros(2*tokens*2*c*most), zeros(2*tokens*2*c), bad,
 			int32(depth), int32(resident), float32(headEps))...)
 		fixed := 4 * (2*8*16*own + 16*(own+1) + 16*2 + 16*2*32 + 16*32 + 64*(own+1) + own*33)
-		launch(t, m, h.mem, Launch{Grid: [3]int{w / own}, Block: [3]int{256}, Shared: fixed + resident*own*w*2, Cooperative: !stalls, MaxSteps: 1 << 24,
+		launch(t, m, h.mem, Launch{Grid: [3]int{w / own}, Block: [3]int{256}, Shared: fixed + resident*own*w*size, Cooperative: !stalls, MaxSteps: 1 << 24,
 			StepTime: stepTime, Args: []any{b}}, name)
 		if e := words(t, h.mem, bad, 1)[0]; stalls != (e == math.MaxUint32) || !stalls && e != 0 { // DEVICE_ERROR_STALLED of plugin.h
 			t.Errorf("the error word is %#x", e)

@@ -205,6 +205,29 @@ func checkConvert(t *testing.T, m *Module) (packs, others int) {
 	return packs, others
 }
 
+// TestE4M3 widens all 256 codes; those of NaN give ±480 (fp8.cuh).
+func TestE4M3(t *testing.T) {
+	codes := make([]uint32, 64)
+	for i := range 256 {
+		codes[i/4] |= uint32(i) << (8 * (i % 4))
+	}
+	mem := &Memory{}
+	y := mem.Alloc(4 * 128)
+	launch(t, parsed(t, compiled(t, "test/wrappers.cu")), mem, Launch{Block: [3]int{64}, Args: []any{mem.U32(codes), y}}, "w_e4m3")
+	for i, w := range words(t, mem, y, 128) {
+		for half := range 2 {
+			code := byte(2*i + half)
+			want := engine.FromE4M3(code)
+			if want != want {
+				want = float32(math.Copysign(480, 64-float64(code>>1)))
+			}
+			if got := engine.FromBF16(uint16(w >> (16 * half))); math.Float32bits(got) != math.Float32bits(want) {
+				t.Errorf("%#02x is %g, want %g", code, got, want)
+			}
+		}
+	}
+}
+
 func TestSums(t *testing.T) {
 	m := parsed(t, compiled(t, "test/wrappers.cu"))
 	r := rand.New(rand.NewPCG(5, 6))

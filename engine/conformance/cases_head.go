@@ -20,6 +20,7 @@ type headCase struct {
 	amplify                bool // the first step multiplies errors, as cosine schedules do
 	gap                    int
 	unpacked               bool
+	fp8                    bool // blocks' weights are e4m3 numbers, which a device may keep as such
 	scratch                int
 	nan                    bool
 	bench, large, huge     bool
@@ -39,6 +40,9 @@ func (h headCase) cases() *Case {
 	}
 	if h.trace {
 		name += " trace"
+	}
+	if h.fp8 {
+		name += " fp8"
 	}
 	if h.note != "" {
 		name += " " + h.note
@@ -119,7 +123,7 @@ func (h headCase) build(e *env) work {
 // weights are random, the same values in every dtype. Modulations are small
 // enough that blocks neither vanish nor explode.
 func (h headCase) weights(e *env, prefix string, d engine.DType) *engine.HeadWeights {
-	linear := func(name string, d engine.DType, n, k int, sigma float64) engine.Matrix {
+	layer := func(name string, d engine.DType, fp8 bool, n, k int, sigma float64) engine.Matrix {
 		g := bell(sigma / math.Sqrt(float64(k)))
 		if h.d == engine.BF16 {
 			g = g.toBF16()
@@ -128,10 +132,14 @@ func (h headCase) weights(e *env, prefix string, d engine.DType) *engine.HeadWei
 		if h.unpacked {
 			m.W = e.in(prefix+name, d, g, n, k)
 		} else {
-			m.W, m.Packed = e.packed(prefix+name, d, d, g, n, k)
+			m.W, m.Packed = e.packedAs(prefix+name, d, d, fp8, g, n, k)
 		}
 		return m
 	}
+	linear := func(name string, d engine.DType, n, k int, sigma float64) engine.Matrix {
+		return layer(name, d, false, n, k, sigma)
+	}
+	fp8 := h.fp8 && d == engine.BF16
 	out := &engine.HeadWeights{Eps: 1e-6,
 		Input: linear("Input", engine.F32, h.w, h.c, 1),
 		Ada:   linear("Ada", d, (3*h.blocks+2)*h.w, h.w, 0.5),
@@ -142,8 +150,8 @@ func (h headCase) weights(e *env, prefix string, d engine.DType) *engine.HeadWei
 		out.Blocks = append(out.Blocks, engine.HeadBlock{
 			NormWeight: e.in(prefix+name+"NormWeight", engine.F32, bell(0.2).plus(1), h.w),
 			NormBias:   e.in(prefix+name+"NormBias", engine.F32, bell(0.2), h.w),
-			Fc1:        linear(name+"Fc1", d, h.w, h.w, 1),
-			Fc2:        linear(name+"Fc2", d, h.w, h.w, 1),
+			Fc1:        layer(name+"Fc1", d, fp8, h.w, h.w, 1),
+			Fc2:        layer(name+"Fc2", d, fp8, h.w, h.w, 1),
 		})
 	}
 	return out
@@ -179,6 +187,14 @@ func headCases() (cs []*Case) {
 			add(h)
 			h.amplify, h.exactFirst, h.note = false, 3, "all exact"
 			add(h)
+		}
+		if d == engine.BF16 {
+			for _, h := range []headCase{{n: 5, c: 16, w: 64, blocks: 2, steps: 3}, {n: 5, c: 16, w: 64, blocks: 2, steps: 3, guidance: true, given: true, trace: true},
+				{n: 3, c: 4, w: 48, blocks: 3, steps: 3, guidance: true, exactFirst: 1}, {n: 1, c: 16, w: 128, blocks: 1, steps: 2, guidance: true},
+				{n: 9, c: 7, w: 33, blocks: 1, steps: 2, guidance: true}} {
+				h.d, h.fp8 = d, true
+				add(h)
+			}
 		}
 		add(headCase{n: 4, c: 16, w: 1024, blocks: 1, steps: 2, d: d, guidance: true, bench: true, note: "MAR-B width"})
 		for _, n := range []int{1, 4, 16, 64} {

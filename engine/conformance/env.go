@@ -158,16 +158,30 @@ func (e *env) random(name string) *random { return newRandom(e.rep, e.name, name
 // packed is a weight in dtype d, made from a tensor of dtype from. Where the
 // device packs, the source is overwritten and freed before the op runs.
 func (e *env) packed(name string, d, from engine.DType, g gen, n, k int) (*engine.Tensor, engine.Packed) {
+	return e.packedAs(name, d, from, false, g, n, k)
+}
+
+// packedAs is packed; fp8 rounds the numbers to e4m3 first, for the oracle as for the device, and says so to Pack.
+func (e *env) packedAs(name string, d, from engine.DType, fp8 bool, g gen, n, k int) (*engine.Tensor, engine.Packed) {
 	src := &engine.Tensor{DType: from, Shape: []int{n, k}, RowStride: k}
 	src.Buf = must(e.dev.Alloc(max(src.Bytes(), 4)))
 	r := newRandom(e.rep, e.name, name)
 	words := make([]uint32, n*k)
-	for i := range words {
-		words[i] = word(g(r, i), from)
+	row, codes := make([]float32, k), make([]byte, k)
+	for at := 0; at < n; at++ {
+		for i := range row {
+			row[i] = g(r, at*k+i)
+		}
+		if fp8 {
+			engine.RoundE4M3(row, codes)
+		}
+		for i, v := range row {
+			words[at*k+i] = word(v, from)
+		}
 	}
 	check(e.s.CopyIn(src, toBytes(words, from)))
 	check(e.s.Sync())
-	p := must(e.dev.Pack(engine.PackArgs{W: src, DType: d}))
+	p := must(e.dev.Pack(engine.PackArgs{W: src, DType: d, FP8: fp8}))
 	if p == nil {
 		e.free = append(e.free, src.Buf.Free)
 		return src, nil

@@ -7,7 +7,7 @@
 //	Conv    [Cout,Cin,kh,kw] turned into [Cout, kh·kw·Cin], then as Weight
 //
 // A parameter with Exact gets a second, F32 copy when the compute dtype is
-// BF16; parts of a stack are put together and packed as one.
+// BF16, one with FP8 has its BF16 copy rounded to e4m3; parts of a stack are put together and packed as one.
 //
 // Tensors go one by one, a stack counting as one: read and converted into a
 // host buffer that is used again, copied to the device, packed; then the
@@ -55,6 +55,9 @@ func Fill(params []engine.NamedParam, src Source, dev engine.Device, compute eng
 	for _, p := range params {
 		if p.T != nil {
 			return engine.Errorf("load", engine.Invalid, "%q is loaded already", p.Name)
+		}
+		if p.FP8 && (p.Role != engine.Weight || p.DType(compute) != engine.BF16 || p.Stack != nil) {
+			return engine.Errorf("load", engine.Invalid, "%q cannot be rounded to fp8: that is for weights held in bf16, this one is %v", p.Name, p.DType(compute))
 		}
 	}
 	targets, err := group(params)

@@ -393,3 +393,72 @@ func BenchmarkRandom(b *testing.B) {
 		}
 	}
 }
+
+// A weight in FP8 is rounded row by row from what the file has; its F32 copy and all others are as they were.
+func TestFP8(t *testing.T) {
+	m := newModel(t)
+	m.Exact.FP8 = true
+	params := engine.Params(m)
+	src := newNumbers(params)
+	src.base["exact.weight"] = 0.3
+	if err := Fill(params, src, keeper{ref.New(ref.Exact)}, engine.BF16, nil); err != nil {
+		t.Fatal(err)
+	}
+	got, exact, other := values(t, m.Exact.T), values(t, m.Exact.T32), values(t, m.Fc.T)
+	for r := range 2 {
+		row := make([]float32, 6)
+		for i := range row {
+			row[i] = src.at("exact.weight", 6*r+i)
+		}
+		if err := engine.FromBF16(engine.ToBF16(row[1])) - row[1]; err == 0 {
+			t.Fatal("bf16 rounds nothing here")
+		}
+		engine.RoundE4M3(row, make([]byte, 6))
+		for i, v := range row {
+			if got[6*r+i] != float64(v) || exact[6*r+i] != float64(src.at("exact.weight", 6*r+i)) {
+				t.Errorf("(%d,%d) is %g, in F32 %g; want %g and %g", r, i, got[6*r+i], exact[6*r+i], v, src.at("exact.weight", 6*r+i))
+			}
+		}
+	}
+	if want := float64(engine.FromBF16(engine.ToBF16(src.at("fc.weight", 5)))); other[5] != want {
+		t.Errorf("another weight is %g, want %g", other[5], want)
+	}
+	if err := Free(params); err != nil {
+		t.Fatal(err)
+	}
+
+	err := Fill(params, src, ref.New(ref.Exact), engine.F32, nil)
+	if !errors.Is(err, engine.Invalid) || !strings.Contains(err.Error(), `"exact.weight" cannot be rounded to fp8`) {
+		t.Errorf("in F32: %v", err)
+	}
+}
+
+// keepsCodes is a device that keeps codes and scales of FP8 beside BF16.
+type keepsCodes struct{ *plan.Device }
+
+func (d keepsCodes) PackedBytes(a engine.PackArgs) int64 {
+	n := d.Device.PackedBytes(a)
+	if a.FP8 {
+		n += int64(a.W.Elems() + 4*a.W.Rows())
+	}
+	return n
+}
+
+// A plan counts what a device keeps beside, once, though the weight has an F32 copy too.
+func TestFP8Memory(t *testing.T) {
+	live := func(keeps, fp8 bool) int64 {
+		m := newModel(t)
+		m.Exact.FP8 = fp8
+		dev := plan.New(0)
+		if keeps {
+			dev = plan.For(keepsCodes{dev})
+		}
+		if err := Allocate(engine.Params(m), dev, engine.BF16); err != nil {
+			t.Fatal(err)
+		}
+		return dev.Report().Live
+	}
+	if plain := live(true, false); live(false, true) != plain || live(true, true) != plain+12+2*4 {
+		t.Errorf("%d bytes, with fp8 %d, where codes are kept %d", plain, live(false, true), live(true, true))
+	}
+}

@@ -2,6 +2,8 @@ package load
 
 import (
 	"cmp"
+	"encoding/binary"
+	"math"
 	"slices"
 
 	"margo/engine"
@@ -63,6 +65,7 @@ type loader struct {
 	stream    engine.Stream
 	src       Source // nil: values stay undefined
 	host, tmp []byte
+	codes     []byte
 }
 
 // load makes the target in its dtype, and in F32 too where that is asked for.
@@ -102,14 +105,17 @@ func (l *loader) make(t *target, d engine.DType) (*engine.Tensor, engine.Packed,
 	engine.Label(buf, name)
 	var packed engine.Packed
 	for _, p := range t.parts {
-		if err = l.read(p, partOf(t.Param, tensor, p.Param)); err != nil {
+		if err = l.read(p, partOf(t.Param, tensor, p.Param)); err == nil && t.FP8 && d == engine.BF16 && l.src == nil {
+			err = l.stream.Fill(tensor, 0) // what is not defined may be no number of the format
+		}
+		if err != nil {
 			break
 		}
 	}
 	if err == nil && t.Role != engine.Vector {
 		// Pack is no operation of the stream, so what it reads must be there.
 		if err = l.stream.Sync(); err == nil {
-			packed, err = l.dev.Pack(engine.PackArgs{W: tensor, DType: d})
+			packed, err = l.dev.Pack(engine.PackArgs{W: tensor, DType: d, FP8: t.FP8 && d == engine.BF16})
 		}
 	}
 	if err == nil && packed == nil {
@@ -143,10 +149,14 @@ func (l *loader) read(p engine.NamedParam, dst *engine.Tensor) error {
 		return nil
 	}
 	l.host = slices.Grow(l.host[:0], dst.Bytes())[:dst.Bytes()]
-	if err := l.src.ReadAs(p.Name, dst.DType, l.host); err != nil {
+	b := l.host
+	if p.FP8 && dst.DType == engine.BF16 {
+		if err := l.readFP8(p, dst); err != nil {
+			return err
+		}
+	} else if err := l.src.ReadAs(p.Name, dst.DType, l.host); err != nil {
 		return err
 	}
-	b := l.host
 	if p.Role == engine.Conv {
 		if len(p.Shape) != 4 {
 			return engine.Errorf("load", engine.Internal, "convolution weight %q has shape %s", p.Name, engine.ShapeString(p.Shape))
@@ -167,6 +177,27 @@ func (l *loader) read(p engine.NamedParam, dst *engine.Tensor) error {
 		b = ordered
 	}
 	return l.stream.CopyIn(dst, b)
+}
+
+// readFP8 reads p, rounded to e4m3 row by row, into l.host as BF16. It rounds what the file has, not what BF16 left of it.
+func (l *loader) readFP8(p engine.NamedParam, dst *engine.Tensor) error {
+	k := dst.Cols()
+	l.tmp = slices.Grow(l.tmp[:0], 4*dst.Elems())[:4*dst.Elems()]
+	l.codes = slices.Grow(l.codes[:0], k)[:k]
+	if err := l.src.ReadAs(p.Name, engine.F32, l.tmp); err != nil {
+		return err
+	}
+	row := make([]float32, k)
+	for r := range dst.Rows() {
+		for i := range row {
+			row[i] = math.Float32frombits(binary.LittleEndian.Uint32(l.tmp[4*(r*k+i):]))
+		}
+		engine.RoundE4M3(row, l.codes)
+		for i, v := range row {
+			put(l.host, r*k+i, engine.BF16, v)
+		}
+	}
+	return nil
 }
 
 // channelsLast reorders [Cout,Cin,kh,kw] to [Cout,kh,kw,Cin], elements of size

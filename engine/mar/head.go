@@ -75,6 +75,14 @@ func NewHead(channels, cond, width, depth int) (*Head, error) {
 	return h, err
 }
 
+// FP8 makes the loader round the weights of the residual blocks' linears, the serial part of a step, to FP8
+// (engine.Param.FP8). AdaLN layers, which are one large product for all steps, and what is F32 stay as they are.
+func (h *Head) FP8() {
+	for _, b := range h.Blocks {
+		b.Fc1.Weight.FP8, b.Fc2.Weight.FP8 = true, true
+	}
+}
+
 // Weights collects the head's weights for HeadSteps; exact picks the F32 copies.
 func (h *Head) Weights(exact bool) *engine.HeadWeights {
 	w := &engine.HeadWeights{

@@ -52,11 +52,11 @@ func (d *Device) Block(bytes int64) int64 {
 }
 
 // PackedBytes is that of the device planned for, or the size of the elements.
-func (d *Device) PackedBytes(n, k int, t engine.DType) int64 {
+func (d *Device) PackedBytes(a engine.PackArgs) int64 {
 	if d.of != nil {
-		return d.of.PackedBytes(n, k, t)
+		return d.of.PackedBytes(a)
 	}
-	return int64(n) * int64(k) * int64(t.Size())
+	return int64(a.W.Elems()) * int64(a.DType.Size())
 }
 
 // StreamBytes is that of the device planned for, or 0.
@@ -134,7 +134,7 @@ func (d *Device) Pack(a engine.PackArgs) (engine.Packed, error) {
 	if err := a.Check(); err != nil {
 		return nil, err
 	}
-	n := d.PackedBytes(a.W.Rows(), a.W.Cols(), a.DType)
+	n := d.PackedBytes(a)
 	m := &memory{d: d, bytes: int(n), taken: d.Block(n), packed: true}
 	if err := d.take(m.taken, true); err != nil {
 		return nil, err

@@ -1,5 +1,6 @@
 // wrappers.cu: one small kernel for each wrapper of margo.cuh and reduce.cuh. cuda/ptx compiles this file to PTX, interprets it
 // and compares with plain Go what each wrapper does: the text of the inline assembly, which the emulator never sees.
+#include "fp8.cuh"
 #include "reduce.cuh"
 
 // Lane l owns words 4l … of a, 2l … of b and 4l … of d, in the order of the fragments.
@@ -108,4 +109,10 @@ extern "C" __global__ void w_time(uint64_t *y) {
 	keep(t), keep(large);
 	gpu::spin();
 	y[3 * threadIdx.x] = uint64_t(t), y[3 * threadIdx.x + 1] = large, y[3 * threadIdx.x + 2] = gpu::global_nanoseconds() > before;
+}
+
+// Two words of each four codes.
+extern "C" __global__ void w_e4m3(const uint32_t *x, uint32_t *y) {
+	int l = int(threadIdx.x);
+	e4m3_to_bf16(x[l], y[2 * l], y[2 * l + 1]);
 }
