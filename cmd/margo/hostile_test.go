@@ -37,6 +37,7 @@ func TestTooLargeForMemory(t *testing.T) {
 	}
 	latents := sparse(t, at("latents.safetensors"), "latents", "F32", 1<<40, "[1,16,65536,262144]")
 	codes := sparse(t, at("codes.safetensors"), "codes", "U8", 1<<38, "[1,524288,524288]")
+	many := sparse(t, at("many.safetensors"), "codes", "U8", 1<<33, "[8589934592,1,1]") // little each
 	trace := sparse(t, at("trace.safetensors"), "decoded", "F32", 1<<40, "[1,16,65536,262144]")
 	for _, c := range []struct {
 		args []string
@@ -49,6 +50,7 @@ func TestTooLargeForMemory(t *testing.T) {
 		{[]string{"sample", "--model", fashion, "--image", at("fifo.png"), "--mask", small, "--out", at("o")}, 3, "not a regular file"},
 		{[]string{"decode", latents, "-t", fashionKL, "--out", at("d")}, 1, "not enough memory"},
 		{[]string{"decode", codes, "-t", vqTaming, "--out", at("d")}, 1, "not enough memory"},
+		{[]string{"decode", many, "-t", vqTaming, "--out", at("d")}, 1, "not enough memory"},
 		{[]string{"verify", "--model", tiny, "--trace", trace}, 3, "the float64 oracle cannot hold"},
 	} {
 		code, _, msg := margo(c.args...)
@@ -56,7 +58,7 @@ func TestTooLargeForMemory(t *testing.T) {
 			t.Errorf("margo %s: exit %d, want %d with %q: %s", strings.Join(c.args, " "), code, c.code, c.want, msg)
 		}
 	}
-	if left := files(t, dir); len(left) != 5 {
+	if left := files(t, dir); len(left) != 6 {
 		t.Errorf("left behind: %v", left)
 	}
 }

@@ -5,7 +5,9 @@ import (
 	"encoding/binary"
 	"encoding/json"
 	"io"
+	"slices"
 	"strconv"
+	"unsafe"
 
 	"margo/engine"
 	"margo/engine/checkpoint"
@@ -73,13 +75,22 @@ func readLatents(path string, cfg *checkpoint.KLConfig, room int64) (*latents, e
 	}
 	z, hasLatents := f.Tensor("latents")
 	codes, hasCodes := f.Tensor("codes")
-	// Codes are read as I64, then kept as I32. A sparse file takes no room on its disk.
-	if need := max(z.Elems()*4, codes.Elems()*12); room > 0 && need > room {
-		return nil, failf("not enough memory: the latents of %s need %s, there are %s free", path, plan.Size(need), plan.Size(room))
+	useCodes := hasCodes && cfg.NEmbed > 0 // no need to search again
+	x, each := z, 4.0
+	if useCodes {
+		x, each = codes, 12 // read as I64, then kept as I32
+	}
+	// A sparse file takes no room on its disk. Counted as a float: sizes may be any.
+	need := float64(x.Elems()) * each
+	if len(x.Shape) > 0 {
+		need += float64(x.Shape[0]) * float64(unsafe.Sizeof(latentImage{}))
+	}
+	if room > 0 && need > float64(room) {
+		return nil, failf("not enough memory: the latents of %s need %s, there are %s free", path, plan.Size(int64(min(need, 1<<62))), plan.Size(room))
 	}
 	n := 0
 	switch {
-	case hasCodes && cfg.NEmbed > 0: // no need to search again
+	case useCodes:
 		if len(codes.Shape) != 3 || codes.Elems() < 1 || codes.DType.Float() {
 			return nil, filef("%s: codes is %s %s, expected whole numbers [N,h,w]", path, codes.DType, engine.ShapeString(codes.Shape))
 		}
@@ -121,6 +132,7 @@ func readLatents(path string, cfg *checkpoint.KLConfig, room int64) (*latents, e
 			return nil, filef("%s: metadata names %d images, there are latents of %d", path, len(l.images), n)
 		}
 	}
+	l.images = slices.Grow(l.images, n-len(l.images))
 	for i := range n {
 		if i == len(l.images) {
 			l.images = append(l.images, latentImage{Width: l.w * l.stride, Height: l.h * l.stride})

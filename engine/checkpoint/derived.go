@@ -35,7 +35,7 @@ func (f *File) readDerived(t *tensor, dst []byte, pos int64) error {
 			continue
 		}
 		k := min(n-pos, int64(len(dst)))
-		if err := f.readBytes(p, dst[:k], p.off+pos); err != nil {
+		if err := f.readBytes(p, dst[:k], pos); err != nil {
 			return err
 		}
 		if dst, pos = dst[k:], 0; len(dst) == 0 {
@@ -54,10 +54,10 @@ func (f *File) same(a, b *tensor) (bool, error) {
 	x, y := make([]byte, min(n, 1<<20)), make([]byte, min(n, 1<<20))
 	for pos := int64(0); pos < n; pos += int64(len(x)) {
 		k := min(n-pos, int64(len(x)))
-		if err := f.readBytes(a, x[:k], a.off+pos); err != nil {
+		if err := f.readBytes(a, x[:k], pos); err != nil {
 			return false, err
 		}
-		if err := f.readBytes(b, y[:k], b.off+pos); err != nil {
+		if err := f.readBytes(b, y[:k], pos); err != nil {
 			return false, err
 		}
 		if !bytes.Equal(x[:k], y[:k]) {

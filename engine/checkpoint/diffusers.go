@@ -250,9 +250,16 @@ func (f *File) diffusersConfig() (map[string]any, error) {
 // besideConfig is the config.json beside the file; nil if there is none.
 func (f *File) besideConfig() (map[string]any, error) {
 	path := filepath.Join(filepath.Dir(f.path), "config.json")
-	file, err := os.Open(path)
+	st, err := os.Stat(path) // first: opening a FIFO would wait for its writer
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
+	}
+	if err == nil && !st.Mode().IsRegular() {
+		err = errors.New("not a regular file")
+	}
+	var file *os.File
+	if err == nil {
+		file, err = os.Open(path)
 	}
 	if err != nil {
 		return nil, badFile(path, "%w", err)

@@ -123,7 +123,7 @@ func (f *File) join(prefix, end string) (*tensor, error) {
 			return nil, badFile(f.path, "no tensor %s beside %s", quote(prefix+p+end), quote(prefix+"to_q."+end))
 		}
 		first := f.tensors[prefix+"to_q."+end]
-		if len(t.Shape) == 0 || t.stride != nil || t.DType != first.DType || !slices.Equal(t.Shape[1:], first.Shape[1:]) {
+		if len(t.Shape) == 0 || t.DType != first.DType || !slices.Equal(t.Shape[1:], first.Shape[1:]) {
 			return nil, badFile(f.path, "tensor %s does not go with %s", quote(t.Name), quote(first.Name))
 		}
 		if j.Shape == nil {

@@ -1,6 +1,7 @@
 package checkpoint
 
 import (
+	"bytes"
 	"errors"
 	"testing"
 
@@ -31,6 +32,8 @@ func exercise(t *testing.T, b []byte) {
 		raw := make([]byte, info.Bytes())
 		if err := f.ReadRaw(name, raw); err != nil && f.Format() == "safetensors" {
 			t.Fatal(err)
+		} else if x := f.tensors[name]; err == nil && x.stride != nil {
+			wantGathered(t, x, raw, b)
 		}
 		if info.DType.Float() {
 			_ = f.ReadAs(name, engine.BF16, make([]byte, 2*info.Elems()))
@@ -44,6 +47,22 @@ func exercise(t *testing.T, b []byte) {
 	}
 	if m, err := Describe(f, MAROptions{}); err == nil {
 		_, _ = Check(f, m.Params(), m.Ignorable)
+	}
+}
+
+// wantGathered compares raw with the elements of a strided tensor of the file, each
+// found by its own index.
+func wantGathered(t *testing.T, x *tensor, raw, file []byte) {
+	size := x.DType.Size()
+	for i := range x.Elems() {
+		at, rest := int64(0), i
+		for d := len(x.Shape) - 1; d >= 0; d-- {
+			at += rest % int64(x.Shape[d]) * x.stride[d]
+			rest /= int64(x.Shape[d])
+		}
+		if got, want := raw[i*size:][:size], file[x.off+at*size:][:size]; !bytes.Equal(got, want) {
+			t.Fatalf("%q %v %v: element %d is % x, not % x", x.Name, x.Shape, x.stride, i, got, want)
+		}
 	}
 }
 
@@ -66,6 +85,9 @@ func FuzzSafetensors(f *testing.F) {
 func FuzzPickle(f *testing.F) {
 	f.Add(newPickler().op("}").str("model").op("}(").str("w").tensor("FloatStorage", "0", 4, 1, []int64{1, 2}, []int64{2, 1}).op("us.").Bytes())
 	f.Add(newPickler().op("}").str("w").tensor("HalfStorage", "1", 2, 0, []int64{2, 1}, []int64{1, 9}).op("s.").Bytes())
+	f.Add(newPickler().op("}(").str("a").tensor("FloatStorage", "0", 4, 1, []int64{2, 1, 1, 2}, []int64{2, 1 << 62, 9, 0}).
+		str("b").tensor("HalfStorage", "0", 8, 0, []int64{2, 2, 2}, []int64{1, 4, 2}).op("u.").Bytes())
+	f.Add(newPickler().op("}").str("w").tensor("ByteStorage", "0", 16, 1, []int64{2, 3, 2}, []int64{7, 3, 1}).op("s.").Bytes())
 	f.Add(newPickler().op("}(").str("args").global("argparse", "Namespace").op(")\x81}").str("class_num").int(3).op("sb").
 		str("w").tensor("LongStorage", "0", 2, 0, nil, nil).op("u.").Bytes())
 	f.Add(newPickler().global("os", "system").str("true").op("\x85R.").Bytes())

@@ -126,7 +126,7 @@ func (f *File) readInto(t *tensor, d DType, dst []byte) error {
 		return f.badTensor(t, "is %s and cannot be read as %s", t.DType, d)
 	}
 	if d == t.DType && t.stride == nil { // no conversion: straight into place
-		return f.readBytes(t, dst, t.off)
+		return f.readBytes(t, dst, 0)
 	}
 	size := int(d.Size())
 	return f.stream(t, func(first int, b []byte) error {
@@ -150,19 +150,9 @@ func (f *File) stream(t *tensor, fn func(first int, b []byte) error) error {
 	}
 	total := t.Elems() * size
 	buf := make([]byte, min(total, chunkBytes))
-	var view []byte
-	if t.stride != nil { // gathered from a copy of what it spans
-		view = make([]byte, t.span)
-		if err := f.readBytes(t, view, t.off); err != nil {
-			return err
-		}
-	}
-	index := make([]int, len(t.Shape))
 	for pos := int64(0); pos < total; {
 		b := buf[:min(total-pos, chunkBytes)]
-		if view != nil {
-			gather(b, view, t, index)
-		} else if err := f.readBytes(t, b, t.off+pos); err != nil {
+		if err := f.readBytes(t, b, pos); err != nil {
 			return err
 		}
 		if err := fn(int(pos/size), b); err != nil {
@@ -173,37 +163,27 @@ func (f *File) stream(t *tensor, fn func(first int, b []byte) error) error {
 	return nil
 }
 
-// gather fills b with the next elements of a strided view, from index on.
-func gather(b, view []byte, t *tensor, index []int) {
-	size := int(t.DType.Size())
-	at := int64(0)
-	for d, i := range index {
-		at += int64(i) * t.stride[d]
-	}
-	for ; len(b) > 0; b = b[size:] {
-		copy(b[:size], view[int(at)*size:])
-		for d := len(index) - 1; d >= 0; d-- {
-			index[d]++
-			at += t.stride[d]
-			if index[d] < t.Shape[d] {
-				break
-			}
-			at -= int64(index[d]) * t.stride[d]
-			index[d] = 0
-		}
-	}
-}
-
-func (f *File) readBytes(t *tensor, dst []byte, off int64) error {
+// readBytes fills dst with the tensor's bytes, row-major, from byte pos on: whole
+// elements.
+func (f *File) readBytes(t *tensor, dst []byte, pos int64) error {
 	if t.derived != nil {
-		return f.readDerived(t, dst, off-t.off)
+		return f.readDerived(t, dst, pos)
 	}
 	if t.record != nil {
 		if err := t.record.check(f.region); err != nil {
 			return f.badTensor(t, "%w", err)
 		}
 	}
-	if n, err := f.region.ReadAt(dst, off); n < len(dst) {
+	if t.stride != nil {
+		if err := f.region.gather(dst, newCursor(t, pos/t.DType.Size())); err != nil {
+			return f.badTensor(t, "%w", err)
+		}
+		if t.span/sparseSpan > t.Bytes() {
+			f.region.drop(t.off, t.span)
+		}
+		return nil
+	}
+	if n, err := f.region.ReadAt(dst, t.off+pos); n < len(dst) {
 		return f.badTensor(t, "%w", err)
 	}
 	return nil

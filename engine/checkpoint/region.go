@@ -87,15 +87,46 @@ func (r *region) ReadAt(dst []byte, off int64) (n int, err error) {
 		}
 		return n, err
 	}
-	if cerr := copyGuarded(dst, r.mem[off:]); cerr != nil {
+	if cerr := guarded(r.mem[off:], func() { copy(dst, r.mem[off:]) }); cerr != nil {
 		return 0, cerr
 	}
 	return len(dst), err
 }
 
-// copyGuarded copies len(dst) bytes from mapped memory; a memory fault inside
-// src becomes an error. Faults elsewhere stay what they are.
-func copyGuarded(dst, src []byte) (err error) {
+// gather fills dst with the cursor's next elements, which place has found inside
+// the file. Only they are read: the span of a strided tensor may be all of a
+// sparse file, and is never copied.
+func (r *region) gather(dst []byte, c *cursor) error {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	if r.closed {
+		return os.ErrClosed
+	}
+	if r.mem != nil { // guarded once for all runs: a run may be one element
+		return guarded(r.mem, func() {
+			for len(dst) > 0 {
+				off, n := c.next(len(dst))
+				copy(dst[:n], r.mem[off:])
+				dst = dst[n:]
+			}
+		})
+	}
+	for len(dst) > 0 {
+		off, n := c.next(len(dst))
+		if got, err := r.file.ReadAt(dst[:n], off); got < n {
+			if err == io.EOF {
+				err = errTruncated
+			}
+			return err
+		}
+		dst = dst[n:]
+	}
+	return nil
+}
+
+// guarded calls fn, which reads src; a memory fault inside src becomes an error.
+// Faults elsewhere stay what they are.
+func guarded(src []byte, fn func()) (err error) {
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	defer func() {
 		p := recover()
@@ -111,7 +142,7 @@ func copyGuarded(dst, src []byte) (err error) {
 		}
 		panic(p)
 	}()
-	copy(dst, src)
+	fn()
 	return nil
 }
 

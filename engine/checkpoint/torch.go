@@ -2,10 +2,12 @@ package checkpoint
 
 import (
 	"archive/zip"
+	"cmp"
 	"errors"
 	"fmt"
 	"hash/crc32"
 	"io"
+	"maps"
 	"math"
 	"slices"
 	"sort"
@@ -17,6 +19,10 @@ import (
 
 // maxMembers bounds the directory of an archive; one member per tensor.
 const maxMembers = 1 << 20
+
+// keepRecord bounds what checking a member leaves mapped, in bytes: its tensors may
+// need little of it, or nothing soon.
+const keepRecord = 64 << 20
 
 // record is a stored member of an archive: a range of the file.
 type record struct {
@@ -43,6 +49,9 @@ func (rec *record) check(r *region) error {
 				return
 			}
 			h.Write(b)
+			if rec.size > keepRecord {
+				r.drop(rec.off+pos, int64(len(b)))
+			}
 			pos += int64(len(b))
 		}
 		if h.Sum32() != rec.crc {
@@ -86,7 +95,25 @@ func openTorch(r *region, path string, o OpenOptions) (*File, error) {
 		}
 		f.tensors[name] = t
 	}
+	if err := disjoint(records); err != nil {
+		return nil, badFile(path, "PyTorch archive: %w", err)
+	}
 	return f, nil
+}
+
+// disjoint demands that no two storages share bytes, which torch.save never
+// makes: a small file could have each of a million read through all of it.
+func disjoint(records map[string]*record) error {
+	all := slices.Collect(maps.Values(records))
+	slices.SortFunc(all, func(a, b *record) int {
+		return cmp.Or(cmp.Compare(a.off, b.off), cmp.Compare(a.size, b.size), cmp.Compare(a.name, b.name))
+	})
+	for i := 1; i < len(all); i++ {
+		if a, b := all[i-1], all[i]; b.off-a.off < a.size {
+			return fmt.Errorf("members %s (%d bytes at %d) and %s (%d bytes at %d) overlap", quote(a.name), a.size, a.off, quote(b.name), b.size, b.off)
+		}
+	}
+	return nil
 }
 
 func openArchive(r *region) (*archive, error) {

@@ -83,7 +83,7 @@ func TestGroupedTokens(t *testing.T) {
 	r.add("decoded_z", make([]float32, 3*16*16), 1, 3, 16, 16)
 	v := &verifier{ctx: context.Background()}
 	var err error
-	if v.t, err = openTrace(r.save(t, "z.safetensors", nil)); err != nil {
+	if v.t, err = openTrace(r.save(t, "z.safetensors", nil), 0); err != nil {
 		t.Fatal(err)
 	}
 	defer v.t.Close()

@@ -33,7 +33,13 @@ type trace struct {
 // file takes no room on its disk, and its tensors would take the host's memory.
 const maxElems = 1 << 30
 
-func openTrace(path string) (*trace, error) {
+// elemBytes is what an element of a trace takes of the host's memory at least: as
+// F32, in the oracle's float64, and on the device.
+const elemBytes = 16
+
+// openTrace opens a trace that the oracle, and room bytes of memory, can hold; 0 is
+// no limit of memory.
+func openTrace(path string, room int64) (*trace, error) {
 	f, err := checkpoint.Open(path, checkpoint.OpenOptions{})
 	if err != nil {
 		return nil, err
@@ -46,6 +52,10 @@ func openTrace(path string) (*trace, error) {
 			f.Close()
 			return nil, t.unknown("its tensors have more than %d elements, which the float64 oracle cannot hold", int64(maxElems))
 		}
+	}
+	if need := elems * elemBytes; room > 0 && need > room {
+		f.Close()
+		return nil, engine.Errorf("trace "+path, engine.OutOfMemory, "its %d elements need %d bytes, there are %d free", elems, need, room)
 	}
 	has := func(name string) bool { _, ok := f.Tensor(name); return ok }
 	switch {

@@ -63,7 +63,11 @@ func (v *verifier) add(s Stage) {
 // Run replays the trace. The error is about files and devices; a stage that
 // misses its limit is in the result.
 func Run(ctx context.Context, o Options) (*Result, error) {
-	t, err := openTrace(o.Trace)
+	room := int64(0)
+	if i := o.Device.Info(); !i.OwnMemory { // then its free memory is the host's
+		room = i.MemFree
+	}
+	t, err := openTrace(o.Trace, room)
 	if err != nil {
 		return nil, err
 	}

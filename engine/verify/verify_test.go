@@ -95,6 +95,9 @@ func TestBadInput(t *testing.T) {
 			t.Errorf("%s with %s: %v, want %q", c.trace, c.model, err, c.want)
 		}
 	}
+	if _, err := openTrace(goldens+"vae_io.safetensors", 1000); !errors.Is(err, engine.OutOfMemory) || !strings.Contains(err.Error(), "there are 1000 free") {
+		t.Errorf("1000 bytes of memory: %v", err)
+	}
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
 	_, err := Run(ctx, Options{Model: goldens + "mar_tiny.safetensors", Trace: goldens + "mar_encdec_vis6.safetensors", Device: ref.New(ref.Rounded), DType: engine.F32})
