@@ -1,6 +1,7 @@
 // head_latency_test.cu: the persistent kernel of the diffusion head against the throughput path, with random weights in
-// the shapes of MAR-B, -L and -H, and the time of a step by both. Links with the plugin's objects as
-// gemm_sm90a_test.cu does; the emulator's objects serve too (small shapes with an argument: W depth steps).
+// the shapes of MAR-B, -L and -H, and the time of a step by both; with FP8 weights too, whose numbers the throughput path gets
+// in bf16. Links with the plugin's objects as gemm_sm90a_test.cu does; the emulator's objects serve too (small shapes with
+// an argument: W depth steps).
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -30,26 +31,55 @@ struct Arena { // device memory of a test
 		all.push_back(p);
 		return reinterpret_cast<uintptr_t>(p);
 	}
-	margo_mat matrix(int64_t rows, int64_t cols, int dtype, float sigma, float mean = 0) {
-		std::vector<float> v(size_t(rows * cols));
+	uint64_t copy(const void *from, size_t bytes) {
+		uint64_t p = raw(bytes);
+		must(cudaMemcpy(reinterpret_cast<void *>(p), from, bytes, cudaMemcpyHostToDevice), "copying in");
+		return p;
+	}
+	std::vector<float> random(int64_t count, float sigma, float mean = 0) {
+		std::vector<float> v(static_cast<size_t>(count));
 		for (float &x : v) {
 			seed = seed * 6364136223846793005ull + 1442695040888963407ull;
 			x = mean + sigma * 1.7f * (float(seed >> 40) * 0x1p-23f - 1.0f);
 		}
+		return v;
+	}
+	margo_mat put(const std::vector<float> &v, int64_t rows, int64_t cols, int dtype) {
 		std::vector<uint16_t> h;
-		size_t bytes = v.size() * 4;
-		const void *from = v.data();
 		if (dtype == MARGO_BF16) {
 			for (float x : v) {
 				uint32_t u;
 				memcpy(&u, &x, 4);
 				h.push_back(uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16));
 			}
-			bytes /= 2, from = h.data();
 		}
-		uint64_t p = raw(bytes);
-		must(cudaMemcpy(reinterpret_cast<void *>(p), from, bytes, cudaMemcpyHostToDevice), "copying in");
-		return {p, rows, cols, cols, dtype, 0};
+		return {h.empty() ? copy(v.data(), v.size() * 4) : copy(h.data(), h.size() * 2), rows, cols, cols, dtype, 0};
+	}
+	margo_mat matrix(int64_t rows, int64_t cols, int dtype, float sigma, float mean = 0) {
+		return put(random(rows * cols, sigma, mean), rows, cols, dtype);
+	}
+	// weight is a square bf16 matrix; with q, of e4m3 numbers times a power of two for each row, which q gets as margo_fp8 says.
+	margo_mat weight(int64_t w, float sigma, margo_fp8 *q) {
+		std::vector<float> v = random(w * w, sigma), scales;
+		std::vector<uint8_t> rows, codes;
+		if (!q) return put(v, w, w, MARGO_BF16);
+		for (int64_t r = 0; r < w; r++) {
+			const int up = ilogbf(2 * sigma / 448) + 1 + int(r % 3); // some rows coarser than they need be
+			scales.push_back(ldexpf(1, up));
+			for (float *x = &v[size_t(r * w)]; x < &v[size_t(r * w)] + w; x++) {
+				const float a = ldexpf(fabsf(*x), -up);
+				int e = a < 0x1p-6f ? -6 : ilogbf(a), m = int(lrintf(ldexpf(a, 3 - e)));
+				if (m == 16) m = 8, e++;
+				rows.push_back(uint8_t((*x < 0 ? 0x80 : 0) | (m < 8 ? m : (e + 7) << 3 | (m - 8))));
+				*x = copysignf(ldexpf(float(m), e - 3 + up), *x);
+			}
+		}
+		for (int64_t tile = 0; tile < w; tile += 8)
+			for (int64_t step = 0; step < w; step += 16)
+				for (int lane = 0; lane < 32; lane++)
+					for (int i : {0, 1, 8, 9}) codes.push_back(rows[size_t((tile + lane / 4) * w + step + lane % 4 * 2 + i)]);
+		*q = {copy(codes.data(), codes.size()), copy(scales.data(), scales.size() * 4)};
+		return put(v, w, w, MARGO_BF16);
 	}
 	void drop() {
 		for (void *p : all) cudaFree(p);
@@ -57,16 +87,19 @@ struct Arena { // device memory of a test
 	}
 };
 
-void test(margo_stream *st, int w, int depth, int tokens, int steps, bool time_it) {
+void test(margo_stream *st, int w, int depth, int tokens, int steps, bool fp8, bool time_it) {
 	if (broken) return;
 	const int c = 16, r = tokens * 2;
 	Arena m;
 	float k = 1 / sqrtf(float(w));
 	std::vector<margo_head_block> blocks;
+	std::vector<margo_head_fp8> codes(static_cast<size_t>(depth));
 	for (int i = 0; i < depth; i++) {
 		margo_head_block b{};
 		b.norm_weight = m.matrix(1, w, MARGO_F32, 0.2f, 1), b.norm_bias = m.matrix(1, w, MARGO_F32, 0.2f);
-		b.fc1 = {m.matrix(w, w, MARGO_BF16, k), m.matrix(1, w, MARGO_F32, 0.1f)}, b.fc2 = {m.matrix(w, w, MARGO_BF16, k), m.matrix(1, w, MARGO_F32, 0.1f)};
+		margo_head_fp8 &q = codes[size_t(i)];
+		b.fc1 = {m.weight(w, k, fp8 ? &q.fc1 : nullptr), m.matrix(1, w, MARGO_F32, 0.1f)};
+		b.fc2 = {m.weight(w, k, fp8 ? &q.fc2 : nullptr), m.matrix(1, w, MARGO_F32, 0.1f)};
 		blocks.push_back(b);
 	}
 	margo_head_steps_args a{};
@@ -91,7 +124,7 @@ void test(margo_stream *st, int w, int depth, int tokens, int steps, bool time_i
 	double us[2] = {0, 0};
 	uint64_t workspace = 0, held = 0;
 	for (int path = 2; path >= 1; path--) {
-		a.path = path;
+		a.path = path, a.fp8 = fp8 && path == 2 ? codes.data() : nullptr;
 		op_head_steps_workspace(st->ctx, &a, uint64_t(512) << 20, &a.workspace_bytes);
 		if (a.workspace_bytes > held) workspace = m.raw(held = a.workspace_bytes);
 		a.workspace = workspace;
@@ -130,11 +163,12 @@ void test(margo_stream *st, int w, int depth, int tokens, int steps, bool time_i
 	uint32_t word = 0;
 	must(cudaMemcpy(&word, st->ctx->device_error, 4, cudaMemcpyDeviceToHost), "copying out");
 	bool ran = false;
-	for (auto &q : st->ctx->kernels) ran = ran || !strcmp(q.name, "head_latency");
+	for (auto &q : st->ctx->kernels) ran = ran || !strcmp(q.name, fp8 ? "head_latency_fp8" : "head_latency");
+	a.fp8 = fp8 ? codes.data() : nullptr;
 	bool good = worst <= 0.03 * size && word == 0 && ran && head_latency_serves(st->ctx, &a);
 	if (!good) failures++;
-	printf("%s W %d depth %d rows %d steps %d: greatest difference %.3g of %.3g, error word %u, latency %.1f us/step, throughput %.1f us/step (modulations included)\n",
-	       good ? "ok  " : "FAIL", w, depth, r, steps, worst, size, word, us[1], us[0]);
+	printf("%s %s W %d depth %d rows %d steps %d: greatest difference %.3g of %.3g, error word %u, latency %.1f us/step, throughput %.1f us/step (modulations included)\n",
+	       good ? "ok  " : "FAIL", fp8 ? "fp8 " : "bf16", w, depth, r, steps, worst, size, word, us[1], us[0]);
 	fflush(stdout);
 	m.drop();
 }
@@ -150,11 +184,13 @@ int main(int argc, char **argv) {
 	auto *st = new margo_stream{c};
 	must(cudaStreamCreateWithFlags(&st->s, cudaStreamNonBlocking), "cudaStreamCreate");
 	printf("%s, %d SMs\n", c->prop.name, c->prop.multiProcessorCount);
-	if (argc == 4) {
-		for (int tokens : {1, 5, 8}) test(st, atoi(argv[1]), atoi(argv[2]), tokens, atoi(argv[3]), false);
-	} else {
-		for (int tokens : {1, 2, 4, 7, 8}) test(st, 1024, 6, tokens, 100, true);
-		for (int tokens : {1, 7}) test(st, 1280, 8, tokens, 100, true), test(st, 1536, 12, tokens, 100, true);
+	for (bool fp8 : {false, true}) {
+		if (argc == 4) {
+			for (int tokens : {1, 5, 8}) test(st, atoi(argv[1]), atoi(argv[2]), tokens, atoi(argv[3]), fp8, false);
+			continue;
+		}
+		for (int tokens : {1, 2, 4, 7, 8}) test(st, 1024, 6, tokens, 100, fp8, true);
+		for (int tokens : {1, 7}) test(st, 1280, 8, tokens, 100, fp8, true), test(st, 1536, 12, tokens, 100, fp8, true);
 	}
 	printf(failures ? "FAIL: %d\n" : "ok\n", failures);
 	return failures != 0;
