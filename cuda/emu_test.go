@@ -240,12 +240,36 @@ func TestTiles(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			for _, name := range []string{want, want + "_convert", "attention_256", "attention_512"} {
+			for _, name := range []string{want, want + "_convert", "attention_256", "attention_unaligned_512"} {
 				if !strings.Contains(string(text), "kernel "+name+" ") {
 					t.Errorf("no launch of %s", name)
 				}
 			}
 		})
+	}
+}
+
+// TestAttentionPaths: the quick table launches attention's kernels for aligned rows, which are those that models take, and
+// those for any others. Launches are looked at only.
+func TestAttentionPaths(t *testing.T) {
+	emulatorOnly(t)
+	path := filepath.Join(t.TempDir(), "trace")
+	t.Setenv("MARGO_EMU_CC", "80") // a Hopper has kernels of its own for some of these
+	t.Setenv("MARGO_EMU_RUN", "0")
+	t.Setenv("MARGO_EMU_TRACE", path)
+	conformance.Check(testDevice(t), conformance.Options{Quick: true,
+		Match: regexp.MustCompile(`^attention/bf16/.*(whole tiles|aligned|q=\[21 40\])|^paged_attention/(bf16|f32)/.*( aligned|block=16 q=\[1 1 1\])`)})
+	text, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"16", "32", "48", "64", "72", "80", "96", "128", "192", "256", "512",
+		"unaligned_16", "unaligned_48", "unaligned_64", "unaligned_72", "unaligned_80", "unaligned_128", "unaligned_512",
+		"paged_16", "paged_48", "paged_64", "paged_72", "paged_128", "paged_256", "paged_512",
+		"decode_16", "decode_64", "decode_128", "decode_256", "decode_512", "decode_unaligned_16", "decode_unaligned_64", "decode_unaligned_128"} {
+		if !strings.Contains(string(text), "kernel attention_"+name+" ") {
+			t.Errorf("no launch of attention_%s", name)
+		}
 	}
 }
 

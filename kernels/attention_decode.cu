@@ -143,11 +143,11 @@ template <class T, int LANES, int CHUNKS> margo_status launch(margo_stream *st, 
 
 template <class T> margo_status dispatch(margo_stream *st, const Attention &p, const margo_attention_args *a) {
 	bool vec = p.dh % 8 == 0 && aligned(a->q, 16) && aligned(a->k, 16) && aligned(a->v, 16);
-	if (p.dh <= 16) return launch<T, 2, 1>(st, "attention_decode_16", p, a, vec);
-	if (p.dh <= 64) return launch<T, 8, 1>(st, "attention_decode_64", p, a, vec);
-	if (p.dh <= 128) return launch<T, 16, 1>(st, "attention_decode_128", p, a, vec);
-	if (p.dh <= 256) return launch<T, 32, 1>(st, "attention_decode_256", p, a, vec);
-	if (p.dh <= 512) return launch<T, 32, 2>(st, "attention_decode_512", p, a, vec);
+	if (p.dh <= 16) return launch<T, 2, 1>(st, vec ? "attention_decode_16" : "attention_decode_unaligned_16", p, a, vec);
+	if (p.dh <= 64) return launch<T, 8, 1>(st, vec ? "attention_decode_64" : "attention_decode_unaligned_64", p, a, vec);
+	if (p.dh <= 128) return launch<T, 16, 1>(st, vec ? "attention_decode_128" : "attention_decode_unaligned_128", p, a, vec);
+	if (p.dh <= 256) return launch<T, 32, 1>(st, vec ? "attention_decode_256" : "attention_decode_unaligned_256", p, a, vec);
+	if (p.dh <= 512) return launch<T, 32, 2>(st, vec ? "attention_decode_512" : "attention_decode_unaligned_512", p, a, vec);
 	return fail(st->ctx, MARGO_UNSUPPORTED, "attention: heads of %d columns, at most 512", p.dh);
 }
 

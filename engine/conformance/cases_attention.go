@@ -14,6 +14,7 @@ type attention struct {
 	d         engine.DType
 	causal    bool
 	separate  bool    // Q, K, V apart, not slices of one tensor
+	aligned   bool    // every row begins at a multiple of 16 bytes, as whole tiles' do
 	sharp     float64 // σ of Q and K, 1 if 0
 	note      string
 	exact     bool
@@ -26,6 +27,19 @@ type attention struct {
 // wholeTiles marks cases whose rows are all aligned to 16 bytes, with enough keys for a loop over whole tiles.
 const wholeTiles = "whole tiles"
 
+// inAlignedRows: every row begins at a multiple of 16 bytes, as those of models do. Kernels have paths for that.
+func (a attention) inAlignedRows() bool {
+	return a.aligned || a.bench || a.large || a.note == wholeTiles
+}
+
+// rowGaps are the elements between rows of Q, K and V, where these are no slices of one tensor, and between rows of O.
+func rowGaps(aligned bool) [2]int {
+	if aligned {
+		return [2]int{8, 8}
+	}
+	return [2]int{3, 2}
+}
+
 func (a attention) cases() *Case {
 	s := fmt.Sprintf("attention/%v/%dx%d", a.d, a.heads, a.dh)
 	if len(a.q) <= 6 {
@@ -37,7 +51,7 @@ func (a attention) cases() *Case {
 	if a.note != "" {
 		s += " " + a.note
 	}
-	return &Case{Name: s, Op: engine.OpAttention, DType: a.d, aligned: a.note == wholeTiles, Bench: a.bench || a.large, Large: a.large, Huge: a.huge, exact: a.exact, build: a.build}
+	return &Case{Name: s, Op: engine.OpAttention, DType: a.d, aligned: a.inAlignedRows(), Bench: a.bench || a.large, Large: a.large, Huge: a.huge, exact: a.exact, build: a.build}
 }
 
 // offsets are where sequences of these lengths start, after skip rows that
@@ -64,6 +78,7 @@ func (a attention) build(e *env) work {
 		}
 	}
 	args := engine.AttentionArgs{Heads: a.heads, Causal: a.causal, Scale: float32(1 / math.Sqrt(float64(a.dh)))}
+	gaps := rowGaps(a.inAlignedRows())
 	same := len(a.q) == len(a.k) && !a.separate
 	for i := range a.q {
 		same = same && a.q[i] == a.k[i]
@@ -85,16 +100,13 @@ func (a attention) build(e *env) work {
 	} else {
 		args.QOffHost, args.KOffHost = offsets(2, a.q), offsets(1, a.k)
 		mq, mk := int(args.QOffHost[len(a.q)])+1, int(args.KOffHost[len(a.k)])+2
-		e.gap = 3
+		e.gap = gaps[0]
 		args.Q = e.in("Q", a.d, q, mq, width)
 		args.K = e.in("K", a.d, k, mk, width)
 		args.V = e.in("V", a.d, v, mk, width)
 	}
 	args.QOff, args.KOff = e.ints("QOff", args.QOffHost), e.ints("KOff", args.KOffHost)
-	e.gap = 2
-	if a.bench || a.large || a.note == wholeTiles {
-		e.gap = 8 // rows at multiples of 16 bytes, as models have them
-	}
+	e.gap = gaps[1]
 	args.O = e.inout("O", a.d, constant(5), args.Q.Rows(), width) // rows of no sequence stay 5
 	return work{cost: args.Cost(), n: len(a.q), run: func(s engine.Stream) error { return s.Attention(args) },
 		part: func(s engine.Stream, lo, hi int) error {
@@ -154,5 +166,8 @@ func attentionCases() (cs []*Case) {
 	for _, dh := range []int{16, 32, 48, 64, 72, 80, 96, 128, 192, 256} {
 		add(attention{heads: 1, dh: dh, q: []int{200, 20}, k: []int{200, 20}, d: engine.BF16, causal: dh%3 == 0, note: wholeTiles})
 	}
+	add(attention{heads: 1, dh: 512, q: []int{40, 3}, k: []int{40, 3}, d: engine.BF16, causal: true, note: wholeTiles})
+	add(attention{heads: 2, dh: 40, q: []int{70, 9}, k: []int{131, 9}, d: engine.BF16, aligned: true, note: "aligned"})
+	add(attention{heads: 2, dh: 64, q: []int{70, 20}, k: []int{70, 20}, d: engine.BF16, nan: true, causal: true, aligned: true, note: "aligned, nan in the future"})
 	return cs
 }

@@ -15,6 +15,7 @@ type paged struct {
 	d                engine.DType
 	causal, shared   bool // shared: all sequences begin with the same block
 	apart            bool // K and V apart, not columns of one tensor
+	aligned          bool // every row begins at a multiple of 16 bytes, as those of models do: kernels have paths for that
 	bench            bool
 	note             string
 }
@@ -30,7 +31,7 @@ func (p paged) cases() *Case {
 	if p.note != "" {
 		s += " " + p.note
 	}
-	return &Case{Name: s, Op: engine.OpPagedAttention, DType: p.d, Bench: p.bench, build: p.build}
+	return &Case{Name: s, Op: engine.OpPagedAttention, DType: p.d, aligned: p.aligned, Bench: p.bench, build: p.build}
 }
 
 // table spreads the sequences' blocks over a cache with three blocks to spare.
@@ -70,7 +71,8 @@ func (p paged) build(e *env) work {
 	a := engine.AttentionArgs{Heads: p.heads, Causal: p.causal, Scale: float32(1 / math.Sqrt(float64(p.dh))), BlockSize: p.block,
 		QOffHost: offsets(2, p.q), KOffHost: offsets(5, p.k)}
 	rows := int(a.QOffHost[len(p.q)]) + 1
-	e.gap = 3
+	gaps := rowGaps(p.aligned || p.bench)
+	e.gap = gaps[0]
 	a.Q = e.in("Q", p.d, bell(1), rows, width)
 	hidden := func(cols int) gen {
 		b := bell(1)
@@ -91,7 +93,7 @@ func (p paged) build(e *env) work {
 	}
 	a.Blocks = e.ints("Blocks", table, len(p.k), cols)
 	a.QOff, a.KOff = e.ints("QOff", a.QOffHost), e.ints("KOff", a.KOffHost)
-	e.gap = 2
+	e.gap = gaps[1]
 	a.O = e.inout("O", p.d, constant(5), rows, width)
 	return work{cost: a.Cost(), n: len(p.q), run: func(s engine.Stream) error { return s.Attention(a) },
 		part: func(s engine.Stream, lo, hi int) error {
@@ -117,6 +119,9 @@ func pagedCases() (cs []*Case) {
 		add(paged{heads: 2, dh: 64, block: 16, q: nil, k: nil, d: d, note: "no sequence"})
 		add(paged{heads: 2, dh: 64, block: 8, q: []int{1, 1, 4}, k: []int{8, 31, 20}, d: d, causal: true, shared: true, note: "shared"})
 		add(paged{heads: 2, dh: 32, block: 64, q: []int{3}, k: []int{700}, d: d, causal: true, note: "many keys"})
+		for _, dh := range []int{16, 40, 64, 72, 128, 256, 512} {
+			add(paged{heads: 2, dh: dh, block: 16, q: []int{1, 20, 1}, k: []int{37, 70, 1}, d: d, causal: true, aligned: true, note: "aligned"})
+		}
 		one, keys := make([]int, 24), make([]int, 24)
 		for i := range one {
 			one[i], keys[i] = 1, 64+i*11
