@@ -55,7 +55,7 @@ func FP8(ctx context.Context, o Options) (*FP8Error, error) {
 	if err := e.weights(f, desc.MAR); err != nil || o.Trace == "" {
 		return e, err
 	}
-	t, err := openTrace(o.Trace)
+	t, err := openTrace(o.Trace, o.room())
 	if err != nil {
 		return nil, err
 	}

@@ -23,6 +23,18 @@ type Options struct {
 	Stage        func(Stage)            // called as stages finish; may be nil
 }
 
+// room is the free memory of the host, as a device that computes in it tells; 0 if
+// none does.
+func (o Options) room() int64 {
+	if o.Device == nil {
+		return 0
+	}
+	if i := o.Device.Info(); !i.OwnMemory {
+		return i.MemFree
+	}
+	return 0
+}
+
 // Result is a whole replay.
 type Result struct {
 	Kind   Kind    `json:"kind"`
@@ -63,11 +75,7 @@ func (v *verifier) add(s Stage) {
 // Run replays the trace. The error is about files and devices; a stage that
 // misses its limit is in the result.
 func Run(ctx context.Context, o Options) (*Result, error) {
-	room := int64(0)
-	if i := o.Device.Info(); !i.OwnMemory { // then its free memory is the host's
-		room = i.MemFree
-	}
-	t, err := openTrace(o.Trace, room)
+	t, err := openTrace(o.Trace, o.room())
 	if err != nil {
 		return nil, err
 	}
