@@ -49,6 +49,14 @@ cuda: ## build bin/libmargo_cuda.so with nvcc (about 10 minutes on 2 cores)
 	@cmake -S . -B .build/cuda -DNVCC="$(NVCC)" -DCUDA_ROOT="$(CUDA_WHEEL)" -DOUT="$(CURDIR)/bin" -DARCHES="$(ARCHES)" >/dev/null
 	@cmake --build .build/cuda --target cuda -j $(JOBS)
 
+.PHONY: gpu-tests
+gpu-tests: cuda # bin/test/*_test: programs that check and time kernels
+	@cmake --build .build/cuda --target cuda_tests -j $(JOBS)
+
+.PHONY: gpu-check
+gpu-check: build gpu-tests ## on a machine with a GPU: run every check and timing of it into gpu-report (about 10 minutes)
+	@kernels/test/run.sh cuda:0 gpu-report
+
 .PHONY: cuda-gate
 cuda-gate: cuda ## check registers, spills and tensor-core instructions of what make cuda built
 	@kernels/gate.sh "$(dir $(NVCC))cuobjdump" .build/cuda
@@ -121,4 +129,4 @@ emu-tsan: ## the same with ThreadSanitizer
 
 .PHONY: clean
 clean: ## remove what was built
-	rm -rf bin .build $(DEMO)
+	rm -rf bin .build gpu-report $(DEMO)

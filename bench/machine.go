@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"time"
 )
@@ -18,7 +19,7 @@ type Machine struct {
 	Kernel  string    `json:"kernel"`
 	Go      string    `json:"go"`
 	Commit  string    `json:"commit"`
-	Command string    `json:"command"`
+	Command string    `json:"command"` // with the variables MARGO_… that were set, for some choose kernels
 	Time    time.Time `json:"time"`
 	Device  string    `json:"device"` // name, instruction set and threads
 	PeakF32 float64   `json:"peak_f32_flops"`
@@ -33,11 +34,22 @@ type Machine struct {
 // ThisMachine fills in everything but the device's figures.
 func ThisMachine() Machine {
 	m := Machine{CPU: cpuModel(), Cores: runtime.NumCPU(), OS: runtime.GOOS + "/" + runtime.GOARCH,
-		Go: runtime.Version(), Commit: commit(), Command: strings.Join(os.Args, " "), Time: time.Now().UTC().Truncate(time.Second)}
+		Go: runtime.Version(), Commit: commit(), Command: command(os.Environ(), os.Args), Time: time.Now().UTC().Truncate(time.Second)}
 	if b, err := os.ReadFile("/proc/sys/kernel/osrelease"); err == nil {
 		m.Kernel = strings.TrimSpace(string(b))
 	}
 	return m
+}
+
+func command(environ, args []string) string {
+	var set []string
+	for _, kv := range environ {
+		if strings.HasPrefix(kv, "MARGO_") {
+			set = append(set, kv)
+		}
+	}
+	slices.Sort(set)
+	return strings.Join(append(set, args...), " ")
 }
 
 func cpuModel() string {

@@ -33,3 +33,10 @@ func TestCommitIsMargos(t *testing.T) {
 		os.Remove(filepath.Join(dir, "go.mod"))
 	}
 }
+
+func TestCommandNamesVariables(t *testing.T) {
+	got := command([]string{"PATH=/bin", "MARGO_SM90=0", "HOME=/", "MARGO_HEAD_PATH=latency"}, []string{"margo", "bench", "--batch", "1"})
+	if want := "MARGO_HEAD_PATH=latency MARGO_SM90=0 margo bench --batch 1"; got != want {
+		t.Errorf("%q, want %q", got, want)
+	}
+}

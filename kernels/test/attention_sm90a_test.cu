@@ -1,28 +1,18 @@
-// attention_sm90a_test.cu: checks and times Hopper's attention on a GPU against mma.sync, which the table has checked there: blocks of 64 and
+// attention_sm90a_test.cu: checks and times Hopper's attention against mma.sync, which the table has checked there: blocks of 64 and
 // of more queries must have the same bits, and are to differ from mma.sync by no more than roundings of the output. For each shape a line:
 // elements that differ, the largest difference over the largest value, TFLOP/s of the chosen blocks, those of 64, of more, and of mma.sync.
-// Links with the plugin's objects:
-//
-//	nvcc -std=c++20 -O3 -gencode arch=compute_90,code=sm_90 -I kernels kernels/test/attention_sm90a_test.cu OBJECTS -o attention_sm90a_test
+// `make gpu-tests` builds it. With the argument `small` a few small shapes and no times: the emulator's (MARGO_EMU_CC=90).
 #include <cmath>
-#include <cstdio>
-#include <cstring>
 #include <vector>
 
 #include "../attention_sm90a.cuh"
+#include "test.h"
 
 extern template margo_status attention_bf16<false>(margo_stream *, const Attention &, const margo_attention_args *);
 
 namespace {
 
-int failures;
-bool broken; // the device does not work any more: nothing else is tried
-
-void must(cudaError_t e, const char *what) {
-	if (e == cudaSuccess || broken) return;
-	printf("FAIL %s: %s\n", what, cudaGetErrorString(e));
-	failures++, broken = true;
-}
+constexpr unsigned kBlocks = gpu::emulated ? 4 : 1024; // of fills
 
 __global__ void fill(bf16 *p, int64_t n, uint32_t seed, float scale) {
 	for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < n; i += int64_t(gridDim.x) * blockDim.x)
@@ -59,8 +49,8 @@ void run_shape(margo_stream *st, const Shape &s, bool time_it) {
 	void *qo = device(int64_t(qoff.size()) * 4), *ko = device(int64_t(koff.size()) * 4);
 	must(cudaMemcpy(qo, qoff.data(), qoff.size() * 4, cudaMemcpyHostToDevice), "copy");
 	must(cudaMemcpy(ko, koff.data(), koff.size() * 4, cudaMemcpyHostToDevice), "copy");
-	fill<<<1024, 256, 0, st->s>>>(q, rq * width, 1, 3.0f);
-	fill<<<1024, 256, 0, st->s>>>(kv, rk * width * 2, 2, 3.0f);
+	must(gpu::launch(fill, dim3(kBlocks), dim3(256), 0, st->s, q, rq * width, 1, 3.0f), "fill");
+	must(gpu::launch(fill, dim3(kBlocks), dim3(256), 0, st->s, kv, rk * width * 2, 2, 3.0f), "fill");
 	auto matrix = [](const void *p, int64_t rows, int64_t cols, int64_t ld, int dtype) { return margo_mat{reinterpret_cast<uintptr_t>(p), rows, cols, ld, dtype, 0}; };
 	margo_attention_args a{};
 	a.size = sizeof a, a.causal = s.causal, a.seqs = s.seqs, a.heads = s.heads, a.max_q = s.queries, a.max_k = s.keys, a.scale = 1 / sqrtf(float(s.dh));
@@ -94,19 +84,11 @@ void run_shape(margo_stream *st, const Shape &s, bool time_it) {
 	if (blocks_differ) printf(" BLOCKS DIFFER in %lld", (long long)blocks_differ), failures++;
 	if (!(most <= greatest * 0x1p-7)) printf(" WRONG"), failures++;
 	if (time_it && !broken) {
-		cudaEvent_t from, to;
-		must(cudaEventCreate(&from), "event"), must(cudaEventCreate(&to), "event");
-		for (int how = 0; how < 4; how++) {
-			const int reps = 50;
-			once(how);
-			must(cudaEventRecord(from, st->s), "record");
-			for (int i = 0; i < reps; i++) once(how);
-			must(cudaEventRecord(to, st->s), "record");
-			must(cudaEventSynchronize(to), "timing");
-			float ms = 0;
-			cudaEventElapsedTime(&ms, from, to);
-			static const char *names[] = {"chosen", "64", "more", "mma"};
-			printf(" | %s %.1f us %.0f TF", names[how], ms * 1e3 / reps, flops * reps / ms * 1e-9);
+		int how = 0;
+		for (const char *name : {"chosen", "64", "more", "mma"}) {
+			const double us = microseconds(st, 50, [&] { once(how); });
+			printf(" | %s %.1f us %.0f TF", name, us, flops / us * 1e-6);
+			how++;
 		}
 	}
 	printf("\n");
@@ -115,12 +97,13 @@ void run_shape(margo_stream *st, const Shape &s, bool time_it) {
 
 } // namespace
 
-int main() {
-	auto *c = new margo_context;
-	must(cudaGetDeviceProperties(&c->prop, 0), "cudaGetDeviceProperties");
-	printf("%s, %d SMs\n", c->prop.name, c->prop.multiProcessorCount);
-	auto *st = new margo_stream{c};
-	must(cudaStreamCreateWithFlags(&st->s, cudaStreamNonBlocking), "cudaStreamCreate");
+int main(int argc, char **argv) {
+	margo_stream *st = open_stream();
+	if (not_hopper(st)) return kLeftOut;
+	if (small(argc, argv)) {
+		for (int dh : {64, 72, 80, 128}) run_shape(st, {2, 70, 90, 1, dh, dh == 72, 1}, false);
+		return verdict();
+	}
 	for (int dh : {64, 72, 80, 128})
 		for (int causal : {0, 1})
 			for (Shape s : {Shape{3, 37, 37, 2, dh, causal, 0}, {5, 200, 200, 3, dh, causal, 1}, {2, 128, 320, 4, dh, causal, 0}, {1, 1000, 700, 2, dh, causal, 0}})
@@ -128,6 +111,5 @@ int main() {
 	for (Shape s : {Shape{64, 320, 320, 12, 64, 0, 0}, {128, 320, 320, 12, 64, 0, 1}, {128, 128, 320, 12, 64, 0, 0}, {2, 320, 320, 12, 64, 0, 0}, {64, 320, 320, 16, 80, 0, 0},
 	                {64, 256, 256, 16, 72, 0, 0}, {16, 1024, 1024, 16, 128, 1, 0}})
 		run_shape(st, s, true);
-	printf(failures ? "FAIL: %d\n" : "ok\n", failures);
-	return failures != 0;
+	return verdict();
 }

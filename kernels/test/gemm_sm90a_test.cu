@@ -1,27 +1,17 @@
-// gemm_sm90a_test.cu: checks and times the Hopper GEMM on a GPU, every tile, against a plain kernel that adds
-// exact products in f32, and reports whether mma.sync gives the same bits. For each shape a line: errors as
-// multiples of K·2^-24·Σ|x·w|, and TFLOP/s of the chosen tile and of the mma.sync path. Links with the plugin's objects:
-//
-//	nvcc -std=c++20 -O3 -gencode arch=compute_90,code=sm_90 -I kernels kernels/test/gemm_sm90a_test.cu OBJECTS -o gemm_sm90a_test
+// gemm_sm90a_test.cu: checks and times the Hopper GEMM, every tile, against a plain kernel that adds
+// exact products in f64, and reports whether mma.sync gives the same bits. For each shape a line: errors over their limit
+// (check_result), and TFLOP/s of the chosen tile and of the mma.sync path. `make gpu-tests` builds it. With the argument
+// `small` a few small shapes and no times: the emulator's (MARGO_EMU_CC=90).
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
 #include <vector>
 
 #include "../gemm.cuh"
 #include "../gemm_sm90a.cuh"
+#include "test.h"
 
 namespace {
 
-int failures;
-bool broken; // the device does not work any more: nothing else is tried
-
-void must(cudaError_t e, const char *what) {
-	if (e == cudaSuccess || broken) return;
-	printf("FAIL %s: %s\n", what, cudaGetErrorString(e));
-	failures++, broken = true;
-}
+constexpr unsigned kBlocks = gpu::emulated ? 4 : 1024; // of fills
 
 __global__ void fill_bf16(bf16 *p, int64_t n, uint32_t seed, float scale) {
 	for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < n; i += int64_t(gridDim.x) * blockDim.x) {
@@ -88,11 +78,11 @@ void run_shape(margo_stream *st, const Shape &s, bool time_it) {
 	char *y = device<char>(int64_t(bytes)), *z = device<char>(int64_t(bytes));
 	float *worst = device<float>(2);
 	auto *different = device<unsigned long long>(1);
-	fill_bf16<<<1024, 256, 0, st->s>>>(x, s.m * ldx, 1, 1.0f);
-	fill_bf16<<<1024, 256, 0, st->s>>>(w, s.n * ldx, 2, 0.05f);
-	fill_f32<<<64, 256, 0, st->s>>>(bias, s.n, 3);
-	fill_f32<<<64, 256, 0, st->s>>>(gate, gates * ldg, 4);
-	fill_f32<<<1024, 256, 0, st->s>>>(residual, s.m * ldy, 5);
+	must(gpu::launch(fill_bf16, dim3(kBlocks), dim3(256), 0, st->s, x, s.m * ldx, 1, 1.0f), "fill_bf16");
+	must(gpu::launch(fill_bf16, dim3(kBlocks), dim3(256), 0, st->s, w, s.n * ldx, 2, 0.05f), "fill_bf16");
+	must(gpu::launch(fill_f32, dim3(kBlocks / 2), dim3(256), 0, st->s, bias, s.n, 3), "fill_f32");
+	must(gpu::launch(fill_f32, dim3(kBlocks / 2), dim3(256), 0, st->s, gate, gates * ldg, 4), "fill_f32");
+	must(gpu::launch(fill_f32, dim3(kBlocks), dim3(256), 0, st->s, residual, s.m * ldy, 5), "fill_f32");
 	margo_gemm_args a{};
 	a.size = sizeof a, a.act = s.act, a.gate_rows = gate_rows;
 	a.x = matrix(x, s.m, s.k, ldx, MARGO_BF16), a.w = matrix(w, s.n, s.k, ldx, MARGO_BF16), a.bias = matrix(bias, 1, s.n, s.n, MARGO_F32);
@@ -107,7 +97,7 @@ void run_shape(margo_stream *st, const Shape &s, bool time_it) {
 	auto differs = [&](const char *other) {
 		unsigned long long n = 0;
 		cudaMemsetAsync(different, 0, 8, st->s);
-		count_different<<<1024, 256, 0, st->s>>>(reinterpret_cast<uint16_t *>(y), reinterpret_cast<const uint16_t *>(other), int64_t(bytes / 2), different);
+		must(gpu::launch(count_different, dim3(kBlocks), dim3(256), 0, st->s, reinterpret_cast<uint16_t *>(y), reinterpret_cast<const uint16_t *>(other), int64_t(bytes / 2), different), "count_different");
 		must(cudaMemcpyAsync(&n, different, 8, cudaMemcpyDeviceToHost, st->s), "copy");
 		must(cudaStreamSynchronize(st->s), "comparison");
 		return n;
@@ -120,7 +110,7 @@ void run_shape(margo_stream *st, const Shape &s, bool time_it) {
 			printf(" tile %d: status %d %s\n", tile, status, st->ctx->error.c_str()), failures++;
 			return;
 		}
-		check_result<<<512, 256, 0, st->s>>>(r, y, count, worst);
+		must(gpu::launch(check_result, dim3(kBlocks / 2), dim3(256), 0, st->s, r, y, count, worst), "check_result");
 		float ratio = 0;
 		must(cudaMemcpyAsync(&ratio, worst, 4, cudaMemcpyDeviceToHost, st->s), "copy");
 		must(cudaStreamSynchronize(st->s), "the kernel");
@@ -135,18 +125,8 @@ void run_shape(margo_stream *st, const Shape &s, bool time_it) {
 		}
 	}
 	if (time_it && !broken) {
-		cudaEvent_t from, to;
-		cudaEventCreate(&from), cudaEventCreate(&to);
 		for (int tile = -1; tile <= kSm90Tiles; tile++) {
-			int reps = 20;
-			once(tile);
-			cudaEventRecord(from, st->s);
-			for (int i = 0; i < reps; i++) once(tile);
-			cudaEventRecord(to, st->s);
-			must(cudaEventSynchronize(to), "timing");
-			float ms = 0;
-			cudaEventElapsedTime(&ms, from, to);
-			double us = ms * 1e3 / reps;
+			double us = microseconds(st, 20, [&] { once(tile); });
 			printf(" | %s%.1f us %.0f TF", tile < 0 ? "chosen " : tile == kSm90Tiles ? "mma " : "", us, 2.0 * double(s.m) * double(s.n) * double(s.k) / us * 1e-6);
 		}
 	}
@@ -159,24 +139,25 @@ void run_shape(margo_stream *st, const Shape &s, bool time_it) {
 
 } // namespace
 
-int main() {
-	margo_context *c = new margo_context;
-	must(cudaGetDeviceProperties(&c->prop, 0), "cudaGetDeviceProperties");
-	printf("%s, %d SMs. Columns: error over limit of tiles 128x256, 128x128, 64x128, 64x64, 64x32, mma.sync; times in the same order\n", c->prop.name, c->prop.multiProcessorCount);
-	auto *st = new margo_stream{c};
-	must(cudaStreamCreateWithFlags(&st->s, cudaStreamNonBlocking), "cudaStreamCreate");
-	const Shape small[] = {
+int main(int argc, char **argv) {
+	margo_stream *st = open_stream();
+	if (not_hopper(st)) return kLeftOut;
+	printf("Columns: error over limit of tiles 128x256, 128x128, 64x128, 64x64, 64x32, mma.sync; times in the same order\n");
+	if (small(argc, argv)) {
+		for (const Shape &s : {Shape{64, 32, 16, 0, 0, 0, 0, 0}, {1, 1, 8, 0, 0, 0, 0, 0}, {37, 100, 72, 3, 1, 0, 1, 4}, {130, 140, 203, 1, 0, 1, 0, 16}}) run_shape(st, s, false);
+		return verdict();
+	}
+	const Shape shapes[] = {
 	    {128, 256, 64, 0, 0, 0, 0, 0},   {64, 32, 16, 0, 0, 0, 0, 0},      {1, 1, 8, 0, 0, 0, 0, 0},        {300, 333, 72, 1, 1, 1, 0, 3},
 	    {129, 257, 1032, 2, 0, 1, 0, 8}, {37, 100, 768, 3, 1, 0, 1, 4},    {513, 1021, 203, 1, 0, 0, 1, 1}, {1000, 2000, 520, 3, 1, 1, 0, 0},
 	    {200, 40, 7, 0, 0, 1, 0, 16},    {640, 768, 3072, 0, 1, 1, 0, 0},  {14, 1024, 1024, 3, 0, 0, 1, 0}, {5000, 260, 4096, 1, 0, 1, 1, 4},
 	};
-	for (const Shape &s : small) run_shape(st, s, false);
+	for (const Shape &s : shapes) run_shape(st, s, false);
 	const Shape timed[] = {
 	    {8192, 8192, 8192, 0, 0, 0, 1, 0}, {40960, 3072, 768, 1, 0, 0, 1, 0}, {40960, 768, 3072, 0, 0, 1, 0, 0}, {40960, 2304, 768, 0, 0, 0, 1, 0},
 	    {40960, 768, 768, 0, 0, 1, 0, 0},  {640, 3072, 768, 1, 0, 0, 1, 0},   {640, 768, 3072, 0, 0, 1, 0, 0},   {640, 768, 768, 0, 0, 1, 0, 0},
 	    {14, 1024, 1024, 3, 0, 0, 1, 0},   {512, 1024, 1024, 3, 0, 0, 1, 0},  {2048, 1024, 1024, 0, 1, 1, 0, 0}, {12800, 20480, 1024, 0, 0, 0, 0, 0},
 	};
 	for (const Shape &s : timed) run_shape(st, s, true);
-	printf(failures ? "FAIL: %d\n" : "ok\n", failures);
-	return failures != 0;
+	return verdict();
 }

@@ -1,26 +1,13 @@
 // head_latency_test.cu: the persistent kernel of the diffusion head against the throughput path, with random weights in
 // the shapes of MAR-B, -L and -H, and the time of a step by both; with FP8 weights too, whose numbers the throughput path gets
-// in bf16. Links with the plugin's objects as gemm_sm90a_test.cu does; the emulator's objects serve too (small shapes with
-// an argument: W depth steps).
+// in bf16. `make gpu-tests` builds it. With the argument `small` a small shape and no times, for the emulator.
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <string>
 #include <vector>
 
 #include "../head.cuh"
+#include "test.h"
 
 namespace {
-
-int failures;
-bool broken;
-
-void must(cudaError_t e, const char *what) {
-	if (e == cudaSuccess || broken) return;
-	printf("FAIL %s: %s %s\n", what, cudaGetErrorString(e), gpu::report());
-	failures++, broken = true;
-}
 
 struct Arena { // device memory of a test
 	std::vector<void *> all;
@@ -145,15 +132,7 @@ void test(margo_stream *st, int w, int depth, int tokens, int steps, bool fp8, b
 			if (memcmp(x.data(), y.data(), x.size() * 4)) printf("FAIL: two runs differ\n"), failures++;
 		}
 		if (!time_it || broken) continue;
-		cudaEvent_t from, to;
-		cudaEventCreate(&from), cudaEventCreate(&to);
-		cudaEventRecord(from, st->s);
-		for (int i = 0; i < 3; i++) op_head_steps(st, &a);
-		cudaEventRecord(to, st->s);
-		must(cudaEventSynchronize(to), "timing");
-		float ms = 0;
-		cudaEventElapsedTime(&ms, from, to);
-		us[path - 1] = ms * 1e3 / 3 / steps;
+		us[path - 1] = microseconds(st, 3, [&] { op_head_steps(st, &a); }) / steps;
 	}
 	double worst = 0, size = 0;
 	for (size_t i = 0; i < start.size(); i++) {
@@ -176,22 +155,14 @@ void test(margo_stream *st, int w, int depth, int tokens, int steps, bool fp8, b
 } // namespace
 
 int main(int argc, char **argv) {
-	auto *c = new margo_context;
-	must(cudaSetDevice(0), "cudaSetDevice");
-	must(cudaGetDeviceProperties(&c->prop, 0), "cudaGetDeviceProperties");
-	must(cudaMalloc(reinterpret_cast<void **>(&c->device_error), 256), "cudaMalloc");
-	must(cudaMemset(c->device_error, 0, 256), "cudaMemset");
-	auto *st = new margo_stream{c};
-	must(cudaStreamCreateWithFlags(&st->s, cudaStreamNonBlocking), "cudaStreamCreate");
-	printf("%s, %d SMs\n", c->prop.name, c->prop.multiProcessorCount);
+	margo_stream *st = open_stream();
 	for (bool fp8 : {false, true}) {
-		if (argc == 4) {
-			for (int tokens : {1, 5, 8}) test(st, atoi(argv[1]), atoi(argv[2]), tokens, atoi(argv[3]), fp8, false);
+		if (small(argc, argv)) { // as wide as 4 emulated multiprocessors serve
+			for (int tokens : {1, 5, 8}) test(st, 64, 3, tokens, 4, fp8, false);
 			continue;
 		}
 		for (int tokens : {1, 2, 4, 7, 8}) test(st, 1024, 6, tokens, 100, fp8, true);
 		for (int tokens : {1, 7}) test(st, 1280, 8, tokens, 100, fp8, true), test(st, 1536, 12, tokens, 100, fp8, true);
 	}
-	printf(failures ? "FAIL: %d\n" : "ok\n", failures);
-	return failures != 0;
+	return verdict();
 }
