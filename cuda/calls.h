@@ -79,8 +79,13 @@ static inline margo_status m_all_reduce(const margo_api *a, margo_stream *s, mar
 static inline margo_status m_broadcast(const margo_api *a, margo_stream *s, margo_comm *m, int32_t root, int64_t n, const margo_mat *t) { return a->broadcast(s, m, root, n, t); }
 static inline margo_status m_comm_wait(const margo_api *a, margo_comm *m, int32_t limit_ms) { return a->comm_wait(m, limit_ms); }
 static inline margo_status m_comm_close(const margo_api *a, margo_comm *m) { return a->comm_close(m); }
+static inline margo_status m_comm_error(const margo_api *a, margo_comm *m) { return a->comm_error(m); }
+static inline margo_status m_comm_pending(const margo_api *a, margo_comm *m, int64_t *n) { return a->comm_pending(m, n); }
+static inline margo_status m_comm_limit(const margo_api *a, margo_comm *m, int32_t limit_ms) { return a->comm_limit(m, limit_ms); }
+static inline margo_status m_comm_fail(const margo_api *a, margo_comm *m, const char *why) { return a->comm_fail(m, why); }
+static inline margo_status m_comm_memory(const margo_api *a, margo_comm *m, uint64_t *bytes) { return a->comm_memory(m, bytes); }
 // m_has_comm: the table's entries for ranks are there.
-static inline int m_has_comm(const margo_api *a) { return a->nccl_version && a->comm_unique_id && a->comm_init && a->all_reduce && a->broadcast && a->comm_wait && a->comm_close; }
+static inline int m_has_comm(const margo_api *a) { return a->nccl_version && a->comm_unique_id && a->comm_init && a->all_reduce && a->broadcast && a->comm_error && a->comm_wait && a->comm_close && a->comm_pending && a->comm_limit && a->comm_fail && a->comm_memory; }
 
 typedef const margo_api *(*m_plugin_fn)(uint32_t, uint32_t *);
 // m_load opens a plugin; NULL with the reason in err, *have the version found (0: no plugin at all).

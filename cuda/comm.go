@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync"
 	"time"
 	"unsafe"
 
@@ -16,7 +17,7 @@ import (
 
 // Rendezvous is how ranks meet before NCCL connects their devices, and agree about
 // what they call: engine/dist's Group. Each call is one of all ranks, with a time
-// limit; what goes wrong is an error of kind CommFault on all.
+// limit; what goes wrong is an error of kind CommFault on all. Close ends a call that another goroutine waits in.
 type Rendezvous interface {
 	Rank() int
 	Size() int
@@ -37,17 +38,29 @@ type Rendezvous interface {
 //   - All ranks need devices of their own: NCCL refuses two ranks on one.
 //
 // NCCL does not notice when ranks disagree, and waits for ever for a rank that does not
-// come. So before each call the ranks agree about it over the Rendezvous, one round trip
-// to rank 0, and the call returns when the device has done it, or after the time limit,
-// where ranks connect at their first call twice that.
+// come. So the ranks agree about each call over the Rendezvous, one round trip to rank 0, in the
+// background: AllReduce and Broadcast enqueue and return. Who waits for the stream, or for an event behind such a call, waits
+// for that as well, and gets what has gone wrong. A wait gives up when the next collective does not end within the time limit:
+// it aborts what NCCL has under way, upon which streams go on, with undefined contents. The host waits
+// in a call only where it is a thousand calls ahead of the agreement, or NCCL has to connect ranks first.
 // A stream that captures is refused. A mistake of this rank alone (a tensor of another
 // device, say) is an error of kind Invalid before anybody else hears of it.
 type Comm struct {
-	meet   Rendezvous
-	dev    *Device
+	meet  Rendezvous
+	dev   *Device
+	calls chan call     // for agree, in order
+	stop  chan struct{} // closed when broken is set
+	ended chan struct{} // closed when agree has returned
+
+	mu     sync.Mutex    // guards what follows
 	c      *C.margo_comm // nil once closed
 	limit  time.Duration
+	asked  uint64        // calls so far
+	agreed uint64        // of these, all ranks have made the same
+	more   chan struct{} // closed, and made anew, when agreed grows
 	broken error
+	left   bool  // by Close, which found all well
+	cut    error // what Close has ended
 }
 
 var _ engine.Comm = (*Comm)(nil)
@@ -80,11 +93,12 @@ func (p *plugin) ncclVersion() (int, error) {
 }
 
 // NewComm connects this device with those of the other ranks, which call it too.
-// limit is how long a collective may take on the devices, with all that its stream has
-// to do before. On success the Comm owns meet and closes it. If NCCL is missing or too
+// limit is how long a wait may take until the next collective has ended on the device, with all that its stream has
+// to do before. What NCCL takes of the device's memory is measured, by what is free, and counted as taken: see Counters. On success the Comm owns meet and closes it. If NCCL is missing or too
 // different somewhere the error, on all ranks, is of kind Unsupported, and meet can
 // serve as the communicator instead. Where NCCL finds no memory on a rank, all ranks try once more, after their caches were
-// given back; then the error is of kind OutOfMemory on that rank, CommFault on the others. Close the Comm before the device.
+// given back; then the error is of kind OutOfMemory on that rank, CommFault on the others. So it is where
+// the device's limit has no room for it. Close the Comm before the device.
 func (d *Device) NewComm(meet Rendezvous, limit time.Duration) (*Comm, error) {
 	const op = "join ranks"
 	if limit < time.Millisecond {
@@ -112,7 +126,12 @@ func (d *Device) NewComm(meet Rendezvous, limit time.Duration) (*Comm, error) {
 			err = d.errorf(op, engine.OutOfMemory, "twice: %w", err)
 		}
 	}
-	return c, err
+	if err != nil {
+		return nil, err
+	}
+	d.ranks.add(c)
+	go c.agree()
+	return c, nil
 }
 
 // How a rank fared.
@@ -143,14 +162,18 @@ func (d *Device) joinRanks(op engine.Op, meet Rendezvous, limit time.Duration) (
 	if message[0] == 0 {
 		return nil, false, d.errorf(op, engine.Unsupported, "rank 0: %s", cString(message[1:]))
 	}
-	c = &Comm{meet: meet, dev: d, limit: limit}
-	args := C.margo_comm_args{size: C.sizeof_margo_comm_args, rank: C.int32_t(rank), ranks: C.int32_t(size), limit_ms: C.int32_t(c.milliseconds())}
+	c = &Comm{meet: meet, dev: d, limit: limit, calls: make(chan call, callsAhead), stop: make(chan struct{}), ended: make(chan struct{}), more: make(chan struct{})}
+	args := C.margo_comm_args{size: C.sizeof_margo_comm_args, rank: C.int32_t(rank), ranks: C.int32_t(size), limit_ms: milliseconds(limit)}
 	for i := range args.id {
 		args.id[i] = C.uint8_t(message[1+i])
 	}
 	for _, part := range []func() error{
 		func() error { return d.status(op, C.m_comm_init(d.p.api, d.ctx, &args, &c.c)) },
 		func() error { return c.connect(op) },
+		func() error {
+			var bytes C.uint64_t
+			return d.status(op, C.m_comm_memory(d.p.api, c.c, &bytes))
+		},
 	} {
 		failure, mine := part(), joined
 		if errors.Is(failure, engine.OutOfMemory) {
@@ -174,7 +197,9 @@ func (d *Device) joinRanks(op engine.Op, meet Rendezvous, limit time.Duration) (
 			}
 		}
 		if err != nil {
-			c.hangUp()
+			if c.c != nil {
+				C.m_comm_close(d.p.api, c.c)
+			}
 			return nil, short, err
 		}
 	}
@@ -196,7 +221,7 @@ func (c *Comm) connect(op engine.Op) error {
 		err = d.status(op, C.m_all_reduce(d.p.api, d.util, c.c, 1, &m))
 	}
 	if err == nil {
-		err = d.status(op, C.m_comm_wait(d.p.api, c.c, C.int32_t(c.milliseconds())))
+		err = d.status(op, C.m_comm_wait(d.p.api, c.c, milliseconds(c.limit)))
 	}
 	return errors.Join(err, b.Free())
 }
@@ -215,13 +240,27 @@ func everyRanks(meet Rendezvous, mine int) ([]int, error) {
 	return all, nil
 }
 
-func (c *Comm) milliseconds() int64 { return min(c.limit.Milliseconds(), 1<<31-1) }
+func milliseconds(t time.Duration) C.int32_t { return C.int32_t(min(t.Milliseconds(), 1<<31-1)) }
 
 // Rank is this process's number.
 func (c *Comm) Rank() int { return c.meet.Rank() }
 
 // Size is the number of ranks.
 func (c *Comm) Size() int { return c.meet.Size() }
+
+// SetLimit sets NewComm's limit for waits from now on.
+func (c *Comm) SetLimit(limit time.Duration) error {
+	if limit < time.Millisecond {
+		return c.dev.errorf("ranks", engine.Invalid, "a time limit of %v", limit)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.c == nil {
+		return c.broken
+	}
+	c.limit = limit
+	return c.dev.text("ranks", C.m_comm_limit(c.dev.p.api, c.c, milliseconds(limit)))
+}
 
 // AllReduce sums tensors over the ranks; see Comm for the order.
 func (c *Comm) AllReduce(s engine.Stream, t ...*engine.Tensor) error {
@@ -236,10 +275,10 @@ func (c *Comm) Broadcast(s engine.Stream, root int, t ...*engine.Tensor) error {
 	return c.call("broadcast", s, root, t)
 }
 
-// call agrees about a collective, enqueues it and waits for it; root -1: a sum.
+// call enqueues a collective, and has the ranks agree about it in the background; root -1: a sum.
 func (c *Comm) call(op engine.Op, stream engine.Stream, root int, tensors []*engine.Tensor) error {
-	if c.broken != nil {
-		return c.broken
+	if err := c.lastWord(); err != nil {
+		return err
 	}
 	s, ok := stream.(*Stream)
 	if !ok || s.dev != c.dev {
@@ -271,60 +310,63 @@ func (c *Comm) call(op engine.Op, stream engine.Stream, root int, tensors []*eng
 		}
 		fmt.Fprintf(&what, "%s %d %v", map[bool]string{true: " of", false: ","}[i == 0], t.Elems(), t.DType)
 	}
-	if err := c.meet.Agree(what.String()); err != nil {
-		return c.breakUp(err)
+	n, err := c.ask(call{op: op, text: what.String()})
+	if err != nil {
+		return err
 	}
+	c.dev.ranks.comesAfter(s, behind{c: n})
 	if len(mats) == 0 {
 		return nil
 	}
 	api := c.dev.p.api
 	if root >= 0 {
-		err = c.dev.status(op, C.m_broadcast(api, s.s, c.c, C.int32_t(root), C.int64_t(len(mats)), &mats[0]))
+		err = c.dev.text(op, C.m_broadcast(api, s.s, c.c, C.int32_t(root), C.int64_t(len(mats)), &mats[0]))
 	} else {
-		err = c.dev.status(op, C.m_all_reduce(api, s.s, c.c, C.int64_t(len(mats)), &mats[0]))
-	}
-	if err == nil {
-		err = c.dev.status(op, C.m_comm_wait(api, c.c, C.int32_t(c.milliseconds())))
+		err = c.dev.text(op, C.m_all_reduce(api, s.s, c.c, C.int64_t(len(mats)), &mats[0]))
 	}
 	if err != nil {
-		return c.breakUp(err)
+		return c.explain(err)
 	}
 	return nil
 }
 
-// Barrier waits until every rank has called it.
+// Barrier waits for this rank's collectives, and until every rank has called it.
 func (c *Comm) Barrier() error {
-	if c.broken != nil {
-		return c.broken
+	if err := c.lastWord(); err != nil {
+		return err
 	}
-	if err := c.meet.Barrier(); err != nil {
-		return c.breakUp(err)
+	if err := c.dev.text("barrier", C.m_comm_wait(c.dev.p.api, c.c, milliseconds(c.limit))); err != nil {
+		return c.explain(err)
 	}
-	return nil
-}
-
-// breakUp makes err the communicator's last word; the other ranks hear of it in their
-// present or next call.
-func (c *Comm) breakUp(err error) error {
-	c.broken = err
-	c.hangUp()
-	c.meet.Close()
-	return err
-}
-
-func (c *Comm) hangUp() {
-	if c.c != nil && c.dev.open("ranks") == nil { // of a device that was closed nothing may be touched
-		C.m_comm_close(c.dev.p.api, c.c)
+	n, err := c.ask(call{op: "barrier"})
+	if err != nil {
+		return err
 	}
-	c.c = nil
+	return c.until(n, nil)
 }
 
 // Close leaves the group: the others learn of it in their next call.
 func (c *Comm) Close() error {
-	if c.broken != nil {
+	c.mu.Lock()
+	handle, asked := c.c, c.asked
+	c.mu.Unlock()
+	if handle == nil {
 		return nil
 	}
-	c.broken = c.dev.errorf("ranks", engine.CommFault, "rank %d has left the group", c.Rank())
-	c.hangUp()
-	return c.meet.Close()
+	var pending C.int64_t
+	alive := c.dev.open("ranks") == nil // of a device that was closed nothing may be touched
+	if alive && C.m_comm_pending(c.dev.p.api, handle, &pending) == C.MARGO_OK && pending == 0 {
+		// All ranks have made these calls, and others may not have heard yet that they agree.
+		c.until(asked, time.After(closeWait))
+	}
+	c.mu.Lock()
+	c.c, c.left = nil, c.broken == nil
+	if alive {
+		c.cut = c.dev.text("ranks", C.m_comm_close(c.dev.p.api, handle))
+	}
+	c.mu.Unlock()
+	c.breakUp(c.dev.errorf("ranks", engine.CommFault, "rank %d has left the group", c.Rank()))
+	<-c.ended
+	c.dev.ranks.drop(c)
+	return nil
 }

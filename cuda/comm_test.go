@@ -84,6 +84,14 @@ func rank(p dist.Place, d *Device, limit time.Duration, heard bool, f func(c *Co
 	return errors.Join(f(c, s.(*Stream)), s.Close())
 }
 
+// after is err, or that of a wait for the stream.
+func after(err error, s *Stream) error {
+	if err == nil {
+		err = s.Sync()
+	}
+	return err
+}
+
 func fine(t *testing.T, errs []error) {
 	t.Helper()
 	for r, err := range errs {
@@ -210,9 +218,9 @@ func TestCommDisagreement(t *testing.T) {
 					defer b.Free()
 					x := engine.NewTensor(b, 0, engine.F32, 2, 4)
 					if c.Rank() == 2 {
-						return k.odd(c, s, x)
+						return after(k.odd(c, s, x), s)
 					}
-					err = c.AllReduce(s, x)
+					err = after(c.AllReduce(s, x), s)
 					if again := c.AllReduce(s, x); again != err {
 						return fmt.Errorf("after %v it says %v", err, again)
 					}
@@ -246,7 +254,9 @@ func TestCommDisagreement(t *testing.T) {
 func TestCommLate(t *testing.T) {
 	gaveUp := make(chan bool)
 	errs := asComm(t, commDevices(t, 2), time.Minute, false, func(c *Comm, s *Stream) error {
-		c.limit = 200 * time.Millisecond // not for meeting, which may take a busy machine longer
+		if err := c.SetLimit(200 * time.Millisecond); err != nil { // not for meeting, which may take a busy machine longer
+			return err
+		}
 		b, err := c.dev.Alloc(4 * 8)
 		if err != nil {
 			return err
@@ -257,7 +267,7 @@ func TestCommLate(t *testing.T) {
 		} else {
 			defer close(gaveUp)
 		}
-		return c.AllReduce(s, engine.NewTensor(b, 0, engine.F32, 8))
+		return after(c.AllReduce(s, engine.NewTensor(b, 0, engine.F32, 8)), s)
 	})
 	wantError(t, "who waited", errs[0], engine.CommFault, "in time")
 	wantError(t, "who was late", errs[1], engine.CommFault, "rank 0 has left")
@@ -276,7 +286,7 @@ func TestCommDeviceLost(t *testing.T) {
 			err = s.Fill(x, 1)
 		}
 		if err == nil {
-			err = c.AllReduce(s, x)
+			err = after(c.AllReduce(s, x), s)
 		}
 		b.Free()
 		return err
@@ -311,7 +321,7 @@ func TestCommRefuses(t *testing.T) {
 			return err
 		}
 		// None of this was heard of by the other rank, so all goes on.
-		err = errors.Join(graph.Close(), s.Fill(x, 1), c.AllReduce(s, x), c.Close(), c.Close())
+		err = errors.Join(graph.Close(), s.Fill(x, 1), c.AllReduce(s, x), c.Barrier(), c.Close(), c.Close())
 		wantError(t, "a closed communicator", c.Barrier(), engine.CommFault, "has left")
 		return err
 	}))

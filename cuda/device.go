@@ -34,7 +34,8 @@ type Device struct {
 	used atomic.Int64 // bytes of buffers, packed weights and workspaces
 	most atomic.Int64 // of used, since ResetPeakUsed
 
-	held heldBuffers
+	held  heldBuffers
+	ranks ranks
 
 	mu    sync.Mutex
 	peaks [3]float64      // f32, bf16, memory
@@ -102,8 +103,17 @@ func Open(name string, o Options) (*Device, error) {
 	return d, nil
 }
 
-// status makes an error of what a call returned.
+// status makes an error of what a call returned. A device that has failed is of no use to other ranks, who hear of it.
 func (d *Device) status(op engine.Op, s C.margo_status) error {
+	err := d.text(op, s)
+	if s == C.MARGO_DEVICE_FAULT {
+		d.ranks.lost(err)
+	}
+	return err
+}
+
+// text is the error alone.
+func (d *Device) text(op engine.Op, s C.margo_status) error {
 	if s == C.MARGO_OK {
 		return nil
 	}
@@ -233,6 +243,7 @@ type Counters struct {
 	Cached, Taken, TakenPeak    uint64
 	Pinned                      uint64 // bytes of the host's memory, for staging
 	Limit, Cache                uint64 // of Taken (0: none) and of Cached
+	Libraries                   uint64 // of Taken: what NCCL was seen to take
 }
 
 // String says what there is to say of memory.
@@ -240,6 +251,9 @@ func (c Counters) String() string {
 	limit := ""
 	if c.Limit > 0 {
 		limit = fmt.Sprintf(", limit %.1f MiB", float64(c.Limit)/(1<<20))
+	}
+	if c.Libraries > 0 {
+		limit += fmt.Sprintf(", NCCL %.1f MiB of it", float64(c.Libraries)/(1<<20))
 	}
 	return fmt.Sprintf("%.1f MiB held (at most %.1f), %.1f cached (at most %.1f allowed), %.1f taken from the device at most%s; %d allocations, %d by the driver, %d from the cache, %d given back; %.1f MiB pinned",
 		float64(c.Held)/(1<<20), float64(c.Peak)/(1<<20), float64(c.Cached)/(1<<20), float64(c.Cache)/(1<<20), float64(c.TakenPeak)/(1<<20), limit,
@@ -255,7 +269,8 @@ func (d *Device) Counters() Counters {
 		CopiesIn: uint64(c.copies_in), CopiesOut: uint64(c.copies_out), BytesIn: uint64(c.bytes_in), BytesOut: uint64(c.bytes_out),
 		Allocs: uint64(c.allocs), Held: uint64(c.bytes_allocated), Peak: uint64(c.bytes_peak),
 		DeviceAllocs: uint64(c.device_allocs), Reuses: uint64(c.reuses), Trims: uint64(c.trims), Cached: uint64(c.bytes_cached),
-		Taken: uint64(c.bytes_taken), TakenPeak: uint64(c.bytes_taken_peak), Pinned: uint64(c.bytes_pinned), Limit: uint64(c.limit), Cache: uint64(c.capacity)}
+		Taken: uint64(c.bytes_taken), TakenPeak: uint64(c.bytes_taken_peak), Pinned: uint64(c.bytes_pinned), Limit: uint64(c.limit), Cache: uint64(c.capacity),
+		Libraries: uint64(c.bytes_libraries)}
 }
 
 // Kernel is what the compiler made of a kernel, and how often it was launched.
@@ -284,6 +299,9 @@ func (d *Device) Kernels() []Kernel {
 func (d *Device) Close() error {
 	if d.ctx == nil {
 		return nil
+	}
+	for _, c := range d.ranks.open() { // else what they have under way would be waited for
+		c.Close()
 	}
 	err := d.status("close", C.m_stream_destroy(d.p.api, d.util))
 	if e := d.saveChoices(); err == nil {

@@ -41,6 +41,9 @@ func (d *Device) Pack(a engine.PackArgs) (engine.Packed, error) {
 	defer d.mu.Unlock()
 	// W may still be on its way on any stream.
 	err = d.status("pack", C.m_synchronize(d.p.api, d.ctx))
+	if err == nil {
+		err = d.ranks.allWaited("pack")
+	}
 	s := &Stream{dev: d, s: d.util}
 	whole := engine.NewTensor(p.buffer, 0, a.DType, n, p.ld)
 	if err == nil && n > 0 {

@@ -151,7 +151,15 @@ func (s *Stream) CopyOut(dst []byte, src *engine.Tensor) error {
 	if err != nil {
 		return s.named(op, err)
 	}
-	return s.dev.status(op, C.m_copy_out(s.dev.p.api, s.s, unsafe.Pointer(&dst[0]), p, C.uint64_t(len(dst))))
+	return s.waited(op, C.m_copy_out(s.dev.p.api, s.s, unsafe.Pointer(&dst[0]), p, C.uint64_t(len(dst))))
+}
+
+// waited is the error of a call that has waited for the stream, or of a collective that its work comes after.
+func (s *Stream) waited(op engine.Op, status C.margo_status) error {
+	if err := s.dev.status(op, status); err != nil {
+		return err
+	}
+	return s.dev.ranks.waited(op, s)
 }
 
 // Copy copies src to dst.
@@ -182,8 +190,9 @@ func (s *Stream) Fill(dst *engine.Tensor, v float32) error {
 
 // event is engine.Event.
 type event struct {
-	dev *Device
-	e   *C.margo_event
+	dev   *Device
+	e     *C.margo_event
+	after behind
 }
 
 // Close gives the event back; work that waits for it is not disturbed.
@@ -204,7 +213,7 @@ func (s *Stream) Record() (engine.Event, error) {
 	if err := s.ready("record", nil); err != nil {
 		return nil, err
 	}
-	e := &event{dev: s.dev}
+	e := &event{dev: s.dev, after: s.dev.ranks.before(s)}
 	if err := s.dev.status("record", C.m_event_record(s.dev.p.api, s.s, &e.e)); err != nil {
 		return nil, err
 	}
@@ -220,6 +229,7 @@ func (s *Stream) Wait(x engine.Event) error {
 	if err := s.ready("wait", nil); err != nil {
 		return err
 	}
+	s.dev.ranks.comesAfter(s, e.after)
 	return s.dev.status("wait", C.m_event_wait(s.dev.p.api, s.s, e.e))
 }
 
@@ -232,6 +242,9 @@ func (e *event) Seconds(since engine.Event) (float64, error) {
 	}
 	var ms C.float
 	err := e.dev.status("elapsed", C.m_event_elapsed(e.dev.p.api, from.e, e.e, &ms))
+	if err == nil {
+		err = e.after.outcome("elapsed")
+	}
 	return float64(ms) / 1e3, err
 }
 
@@ -297,7 +310,7 @@ func (s *Stream) Sync() error {
 	if err := s.ready("sync", nil); err != nil {
 		return err
 	}
-	return s.dev.status("sync", C.m_stream_sync(s.dev.p.api, s.s))
+	return s.waited("sync", C.m_stream_sync(s.dev.p.api, s.s))
 }
 
 // Close waits and gives the stream and its workspace back.
@@ -309,7 +322,7 @@ func (s *Stream) Close() error {
 		s.s, s.work, s.cublasLt = nil, nil, nil
 		return err
 	}
-	err := s.dev.status("close stream", C.m_stream_destroy(s.dev.p.api, s.s))
+	err := s.waited("close stream", C.m_stream_destroy(s.dev.p.api, s.s))
 	s.s = nil
 	for _, b := range []**buffer{&s.work, &s.cublasLt} {
 		if *b != nil {

@@ -248,7 +248,7 @@ margo_status tune(margo_stream *st, margo_cublaslt *l, Product *p, Operands o, c
 		MARGO_TRY(check(c, cudaEventRecord(own.from, st->s), "recording an event"));
 		for (int i = 0; i < kRepeats; i++) LT_TRY(multiply(l, p, o, r.algo, st), "cublasLtMatmul, tuning");
 		MARGO_TRY(check(c, cudaEventRecord(own.to, st->s), "recording an event"));
-		MARGO_TRY(check(c, cudaEventSynchronize(own.to), "cublasLtMatmul, tuning"));
+		MARGO_TRY(wait_event(c, own.to, "cublasLtMatmul, tuning"));
 		float ms = 0;
 		MARGO_TRY(check(c, cudaEventElapsedTime(&ms, own.from, own.to), "reading the time between events"));
 		if (p->chosen.choice == MARGO_CUBLASLT_OURS || ms < best) best = ms, choose(p, r, MARGO_CUBLASLT_TUNED);

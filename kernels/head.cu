@@ -428,6 +428,7 @@ margo_status replay(const Chain &c, int64_t first, int64_t count) {
 		}
 		it = cache->entries.emplace(name, e).first;
 	}
+	launching(ctx);
 	MARGO_TRY(with_room(ctx, "launching head steps", [&] { return cudaGraphLaunch(it->second.exec, st->s); }));
 	std::lock_guard<std::mutex> count_lock(ctx->mu);
 	ctx->counters.graph_launches++;

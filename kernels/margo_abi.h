@@ -26,7 +26,7 @@ extern "C" {
 #endif
 
 #define MARGO_ABI_MAJOR 1
-#define MARGO_ABI_MINOR 5
+#define MARGO_ABI_MINOR 6
 
 typedef enum margo_status {
 	MARGO_OK = 0,
@@ -81,6 +81,7 @@ typedef struct margo_counters {
 	// Of the pool: allocations of the driver's, allocations served from the cache, cached buffers given back to the driver; bytes
 	// cached, and taken from the driver (held with what rounding adds, and cached) now and at most; pinned for staging; the policy.
 	uint64_t device_allocs, reuses, trims, bytes_cached, bytes_taken, bytes_taken_peak, bytes_pinned, limit, capacity;
+	uint64_t bytes_libraries; // part of bytes_taken: comm_memory's of all margo_comm
 } margo_counters;
 
 // margo_kernel describes a kernel that has been launched, for budgets and traces.
@@ -265,7 +266,7 @@ enum { MARGO_COMM_ID_BYTES = 128 };
 typedef struct margo_comm_args {
 	uint32_t size;
 	int32_t rank, ranks;
-	int32_t limit_ms; // to wait for the other ranks, now and when a collective connects them
+	int32_t limit_ms; // to wait for the other ranks: now, when a collective connects them, and for each to end after that before it
 	uint8_t id[MARGO_COMM_ID_BYTES]; // of comm_unique_id, the same on all ranks
 } margo_comm_args;
 
@@ -344,8 +345,10 @@ typedef struct margo_api {
 	// Collectives of ranks with a device each, by NCCL (MARGO_NCCL_LIB, else libnccl.so.2), which is opened
 	// at the first call; the emulated plugin has a stand-in. Without it they are UNSUPPORTED, with the reason.
 	// A COMM_FAULT leaves a margo_comm unusable but for comm_close. all_reduce sums and broadcast copies n
-	// contiguous tensors of any dtype in place: they enqueue, and comm_wait waits, at most limit_ms, for what
-	// was enqueued last; only then are contents defined. Not while the stream captures.
+	// contiguous tensors of any dtype in place: they enqueue and return. Contents are defined once the stream was waited for and comm_error
+	// is OK after that. Where a rank has failed, or a wait has waited longer than the limit for the next collective to end, waits end
+	// those that are under way, and comm_error says why. comm_wait waits for all collectives of a margo_comm. Not while the
+	// stream captures.
 	margo_status (*nccl_version)(int32_t *version, char *err, size_t err_bytes); // as 23203 for 2.32.3
 	margo_status (*comm_unique_id)(uint8_t *id, char *err, size_t err_bytes);    // MARGO_COMM_ID_BYTES, by one rank for all
 	margo_status (*comm_init)(margo_context *, const margo_comm_args *, margo_comm **out); // waits for all ranks
@@ -353,12 +356,21 @@ typedef struct margo_api {
 	margo_status (*broadcast)(margo_stream *, margo_comm *, int32_t root, int64_t n, const margo_mat *);
 	margo_status (*comm_error)(margo_comm *); // what has failed in the background; waits for nothing
 	margo_status (*comm_wait)(margo_comm *, int32_t limit_ms);
-	margo_status (*comm_close)(margo_comm *); // ends what is under way, waits for no other rank; frees the margo_comm
+	margo_status (*comm_close)(margo_comm *); // waits for no other rank; frees the margo_comm. COMM_FAULT: it ended what was under way
 
 	// memory_policy: alloc takes no more than limit bytes from the driver (0: no limit), what is cached included; up to capacity
 	// bytes of freed memory are cached (0, as at first: none). trim gives what is cached back.
 	margo_status (*memory_policy)(margo_context *, uint64_t limit, uint64_t capacity);
 	margo_status (*trim)(margo_context *);
+
+	// comm_limit sets the limit of later waits. comm_fail ends what is under way, and its text is what comm_error says; any thread
+	// can call it. comm_memory measures what NCCL has taken of the device's memory since comm_init began, by what is free, and counts it
+	// in bytes_taken until comm_close; OUT_OF_MEMORY where the limit leaves no room for that. Call it once, when ranks are connected.
+	// comm_pending counts collectives that have not ended.
+	margo_status (*comm_pending)(margo_comm *, int64_t *n);
+	margo_status (*comm_limit)(margo_comm *, int32_t limit_ms);
+	margo_status (*comm_fail)(margo_comm *, const char *why);
+	margo_status (*comm_memory)(margo_comm *, uint64_t *bytes);
 } margo_api;
 
 // margo_plugin returns the table if it has this major version, else NULL; *have is

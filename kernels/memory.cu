@@ -21,13 +21,6 @@ namespace {
 constexpr uint64_t kPinnedCache = 64 << 20; // most that is kept of closed streams
 double mib(uint64_t bytes) { return double(bytes) / (1 << 20); }
 
-// Relaxed lets this thread allocate, free and wait for events though it captures a stream.
-struct Relaxed {
-	cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-	Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode); }
-	~Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode); }
-};
-
 uint64_t rounded(uint64_t capacity, uint64_t bytes) {
 	if (bytes > capacity || capacity == 0) return std::max<uint64_t>(bytes, 1);
 	uint64_t step = 256;
@@ -70,7 +63,7 @@ margo_status mark_streams(margo_context *c, margo_marks &out) {
 }
 
 margo_status wait_marks(margo_context *c, const margo_marks &marks) {
-	for (auto &m : marks) MARGO_TRY(check(c, cudaEventSynchronize(m->e), "waiting for memory"));
+	for (auto &m : marks) MARGO_TRY(wait_event(c, m->e, "waiting for memory"));
 	return MARGO_OK;
 }
 
@@ -119,6 +112,7 @@ bool oldest(margo_pool &pool, margo_block &out) {
 // give_back returns a block that is neither held nor cached to the driver.
 margo_status give_back(margo_context *c, const margo_block &b) {
 	margo_status s = wait_marks(c, b.marks);
+	wait_collectives(c); // the driver waits for the whole device, whoever is late
 	margo_status freed = check(c, cudaFree(b.p), "freeing memory"); // also of a device that has failed
 	std::lock_guard<std::mutex> lock(c->pool.mu);
 	c->pool.taken -= b.size;
@@ -290,6 +284,34 @@ margo_status pool_no_room(margo_context *c, const char *what, uint64_t given) {
 	return out_of_memory(c, (std::string(what) + ": memory for the driver's own use").c_str(), given);
 }
 
+margo_status pool_library(margo_context *c, const char *what, uint64_t bytes) {
+	Relaxed relaxed;
+	{
+		std::lock_guard<std::mutex> lock(c->pool.mu);
+		c->pool.taken += bytes, c->pool.libraries += bytes;
+	}
+	uint64_t given = 0;
+	margo_status s = shrink(c, &given, [](margo_pool &p) { return !p.limit || p.taken <= p.limit; });
+	{
+		std::lock_guard<std::mutex> lock(c->pool.mu);
+		margo_pool &p = c->pool;
+		if (s == MARGO_OK && (!p.limit || p.taken <= p.limit)) {
+			p.taken_peak = std::max(p.taken_peak, p.taken);
+			return MARGO_OK;
+		}
+		p.taken -= bytes, p.libraries -= bytes;
+	}
+	if (s != MARGO_OK) return s;
+	char asked[160];
+	snprintf(asked, sizeof asked, "%s: %.1f MiB", what, mib(bytes));
+	return out_of_memory(c, asked, given);
+}
+
+void pool_library_gave(margo_context *c, uint64_t bytes) {
+	std::lock_guard<std::mutex> lock(c->pool.mu);
+	c->pool.taken -= bytes, c->pool.libraries -= bytes;
+}
+
 margo_status pool_new_stream(margo_context *c, cudaStream_t s) {
 	margo_marks marks;
 	{
@@ -324,6 +346,7 @@ void pool_counters(margo_context *c, margo_counters *out) {
 	out->device_allocs = p.device_allocs, out->reuses = p.reuses, out->trims = p.trims;
 	out->bytes_cached = p.cached_bytes, out->bytes_taken = p.taken, out->bytes_taken_peak = p.taken_peak;
 	out->bytes_pinned = p.pinned_bytes, out->limit = p.limit, out->capacity = p.capacity;
+	out->bytes_libraries = p.libraries;
 }
 
 // ---- pinned memory -------------------------------------------------------------
@@ -352,6 +375,7 @@ margo_status pinned_take(margo_context *c, uint64_t bytes, void **out, uint64_t 
 			c->pool.pinned_bytes -= c->pool.pinned_cached;
 			c->pool.pinned_cached = 0;
 		}
+		wait_collectives(c);
 		for (auto &p : left) cudaFreeHost(p.second);
 		e = cudaHostAlloc(out, size, cudaHostAllocDefault);
 	}
@@ -380,5 +404,6 @@ void pinned_give(margo_context *c, void *p, uint64_t size) {
 		c->pool.pinned_bytes -= size;
 	}
 	Relaxed relaxed;
+	wait_collectives(c);
 	cudaFreeHost(p);
 }

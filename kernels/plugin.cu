@@ -57,8 +57,8 @@ margo_status check(margo_context *c, cudaError_t e, const char *what) {
 
 margo_status wait_all(margo_context *c, const char *what) {
 	std::lock_guard<std::mutex> lock(c->capture_mu);
-	for (margo_stream *st : c->streams) MARGO_TRY(check(c, st->capturing ? cudaEventSynchronize(st->before_capture) : cudaStreamSynchronize(st->s), what));
-	if (c->fill_mark) MARGO_TRY(check(c, cudaEventSynchronize(c->fill_mark->e), what));
+	for (margo_stream *st : c->streams) MARGO_TRY(st->capturing ? wait_event(c, st->before_capture, what) : wait_stream(c, st->s, what));
+	if (c->fill_mark) MARGO_TRY(wait_event(c, c->fill_mark->e, what));
 	c->fill_mark.reset();
 	c->reused = false;
 	return MARGO_OK;
@@ -312,7 +312,7 @@ margo_status stream_create(margo_context *c, margo_stream **out) {
 margo_status stream_destroy(margo_stream *st) {
 	margo_context *c = st->ctx;
 	Guard g(c);
-	margo_status s = check(c, cudaStreamSynchronize(st->s), "closing a stream");
+	margo_status s = wait_stream(c, st->s, "closing a stream");
 	drop_stream(st);
 	return s;
 }
@@ -335,7 +335,7 @@ margo_status device_word(margo_stream *st) {
 margo_status waited(margo_stream *st, const char *what) {
 	margo_context *c = st->ctx;
 	if (st->capturing) return fail(c, MARGO_INVALID, "%s: stream is capturing", what);
-	MARGO_TRY(check(c, cudaStreamSynchronize(st->s), what));
+	MARGO_TRY(wait_stream(c, st->s, what));
 	pool_waited(st);
 	{
 		std::lock_guard<std::mutex> lock(c->mu);
@@ -374,7 +374,7 @@ margo_status event_wait(margo_stream *st, margo_event *ev) {
 
 margo_status event_elapsed(margo_event *from, margo_event *to, float *ms) {
 	Guard g(to->ctx);
-	MARGO_TRY(check(to->ctx, cudaEventSynchronize(to->e), "waiting for an event"));
+	MARGO_TRY(wait_event(to->ctx, to->e, "waiting for an event"));
 	return check(to->ctx, cudaEventElapsedTime(ms, from->e, to->e), "reading the time between events");
 }
 
@@ -420,6 +420,7 @@ margo_status capture_end(margo_stream *st, margo_graph **out) {
 margo_status graph_launch(margo_stream *st, margo_graph *gr) {
 	margo_context *c = st->ctx;
 	Guard g(c);
+	launching(c);
 	MARGO_TRY(with_room(c, "launching a graph", [&] { return cudaGraphLaunch(gr->exec, st->s); }));
 	st->busy.store(true);
 	std::lock_guard<std::mutex> lock(c->mu);
@@ -457,13 +458,13 @@ margo_status copy_in(margo_stream *st, uint64_t dst, const void *src, uint64_t b
 		st->next_slot ^= 1;
 		uint64_t n = bytes - done < kStagingBytes ? bytes - done : kStagingBytes;
 		if (slot.bytes < n) { // grows with what is copied: many streams copy little
-			if (slot.done) MARGO_TRY(check(c, cudaEventSynchronize(slot.done), "copy in"));
+			if (slot.done) MARGO_TRY(wait_event(c, slot.done, "copy in"));
 			if (slot.p) pinned_give(c, slot.p, slot.bytes);
 			slot.p = nullptr, slot.bytes = 0;
 			MARGO_TRY(pinned_take(c, n, &slot.p, &slot.bytes));
 			if (!slot.done) MARGO_TRY(with_room(c, "making an event", [&] { return cudaEventCreateWithFlags(&slot.done, cudaEventDisableTiming); }));
 		} else {
-			MARGO_TRY(check(c, cudaEventSynchronize(slot.done), "copy in"));
+			MARGO_TRY(wait_event(c, slot.done, "copy in"));
 		}
 		memcpy(slot.p, from + done, n);
 		MARGO_TRY(check(c, cudaMemcpyAsync(to + done, slot.p, n, cudaMemcpyHostToDevice, st->s), "copy in"));
@@ -480,6 +481,7 @@ margo_status copy_out(margo_stream *st, void *dst, uint64_t src, uint64_t bytes)
 	margo_context *c = st->ctx;
 	Guard g(c);
 	if (st->capturing) return fail(c, MARGO_INVALID, "copy out: stream is capturing");
+	if (c->under_way.load() > 0) MARGO_TRY(wait_stream(c, st->s, "copy out")); // the driver waits in a copy to memory that is not pinned
 	MARGO_TRY(check(c, cudaMemcpyAsync(dst, reinterpret_cast<void *>(uintptr_t(src)), bytes, cudaMemcpyDeviceToHost, st->s), "copy out"));
 	st->busy.store(true);
 	MARGO_TRY(waited(st, "copy out"));
@@ -558,6 +560,7 @@ const margo_api table = {
 	cublaslt_probe, cublaslt_open, cublaslt_workspace, cublaslt_algo, cublaslt_store,
 	nccl_version, comm_unique_id, comm_init, comm_all_reduce, comm_broadcast, comm_error, comm_wait, comm_close,
 	memory_policy, trim,
+	comm_pending, comm_limit, comm_fail, comm_memory,
 };
 
 } // namespace

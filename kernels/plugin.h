@@ -15,6 +15,16 @@
 #include "margo.cuh"
 #include "margo_abi.h"
 
+struct margo_group; // a rank's end of a group of ranks, and its collectives that are under way: nccl.cu
+using margo_groups = std::vector<std::shared_ptr<margo_group>>;
+
+// Relaxed lets this thread allocate, free, query and wait for events though it captures a stream.
+struct Relaxed {
+	cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+	Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode); }
+	~Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode); }
+};
+
 // Every kernel that was launched, by name. Launching is counted here, so that
 // tests can assert the sequence of launches of a whole sample.
 struct margo_kernel_stat {
@@ -54,6 +64,7 @@ struct margo_pool {
 	uint64_t held_bytes = 0, held_peak = 0, cached_bytes = 0, taken = 0, taken_peak = 0; // taken: from the driver, held, cached or on its way
 	uint64_t allocs = 0, device_allocs = 0, reuses = 0, trims = 0, age = 0;
 	uint64_t limit = 0, capacity = 0; // of taken (0: none) and cached_bytes
+	uint64_t libraries = 0; // part of taken: what NCCL was seen to take
 	std::multimap<uint64_t, void *> pinned; // of closed streams, by size
 	uint64_t pinned_bytes = 0, pinned_cached = 0;
 };
@@ -72,6 +83,10 @@ struct margo_context {
 	std::shared_ptr<margo_mark> fill_mark; // of fill_stream, guarded by capture_mu as marks of streams are
 	bool reused = false;                   // streams wait for memory that was reused, which new ones must too
 	margo_pool pool;
+	std::mutex ranks_mu;               // guards groups
+	margo_groups groups;
+	std::atomic<int64_t> under_way{0};                  // collectives of all groups that have not been seen to end
+	std::atomic<uint64_t> launched{0}, due{UINT64_MAX}; // kernels and graphs; how many there may be before keep_up looks
 	std::mutex graph_mu;               // guards graphs that ops cache
 	std::shared_ptr<void> head_graphs; // of head.cu
 	std::shared_ptr<struct margo_cublaslt> cublaslt; // of cublaslt.cu; null: gemm does without
@@ -105,6 +120,19 @@ margo_status fail(margo_context *, margo_status, const char *format, ...) __attr
 // check turns a runtime error into a status; what names the call or the kernel.
 margo_status check(margo_context *, cudaError_t, const char *what);
 
+// Waits for a stream and for an event. While collectives are under way the host polls, and ends those of a group that has
+// failed or does not come within its limit: a rank that is lost holds up nobody for ever. That is no error of the wait's: the group says
+// it (comm_error). wait_collectives waits for all of these, before a call of the driver's that would wait for the whole device.
+// keep_up, of what launches, waits for collectives that hundreds of launches were enqueued
+// after, before the driver's queue is full and the driver waits, which nobody could end.
+margo_status wait_stream(margo_context *, cudaStream_t, const char *what);
+margo_status wait_event(margo_context *, cudaEvent_t, const char *what);
+void wait_collectives(margo_context *);
+void keep_up(margo_context *);
+inline void launching(margo_context *c) { // a kernel or a graph
+	if (c->launched.fetch_add(1) >= c->due.load()) keep_up(c);
+}
+
 // wait_all waits for everything enqueued so far on any stream of the context. The device as a
 // whole may not be waited for while a stream captures, so each stream is, and one that captures up to
 // where that began. begin_capture and end_capture (graph: null discards) keep account.
@@ -122,6 +150,10 @@ margo_status pool_trim(margo_context *);
 // no_room is that call's error, if it finds none again.
 uint64_t pool_make_room(margo_context *);
 margo_status pool_no_room(margo_context *, const char *what, uint64_t given);
+// library counts what a library has taken of the device's memory in what is taken, gives cached memory back where that is more than the limit, and
+// is OUT_OF_MEMORY, with nothing counted, where it stays so; library_gave takes it out again.
+margo_status pool_library(margo_context *, const char *what, uint64_t bytes);
+void pool_library_gave(margo_context *, uint64_t bytes);
 margo_status pool_new_stream(margo_context *, cudaStream_t);
 void pool_waited(margo_stream *);
 void pool_close(margo_context *);
@@ -148,6 +180,7 @@ void note_launch(margo_stream *, const char *name, const void *function, int thr
 template <class... P, class... A>
 margo_status run(margo_stream *st, const char *name, void (*kernel)(P...), dim3 grid, dim3 block, size_t smem, A &&...args) {
 	if (grid.x == 0 || grid.y == 0 || grid.z == 0) return MARGO_OK; // zero rows: nothing to do
+	launching(st->ctx);
 	note_launch(st, name, reinterpret_cast<const void *>(kernel), int(block.x * block.y * block.z), smem);
 	return with_room(st->ctx, name, [&] {
 		gpu::name_next_launch(name);
@@ -204,3 +237,7 @@ margo_status comm_broadcast(margo_stream *, margo_comm *, int32_t root, int64_t 
 margo_status comm_error(margo_comm *);
 margo_status comm_wait(margo_comm *, int32_t limit_ms);
 margo_status comm_close(margo_comm *);
+margo_status comm_pending(margo_comm *, int64_t *n);
+margo_status comm_limit(margo_comm *, int32_t limit_ms);
+margo_status comm_fail(margo_comm *, const char *why);
+margo_status comm_memory(margo_comm *, uint64_t *bytes);

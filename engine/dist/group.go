@@ -10,19 +10,24 @@ import (
 	"math"
 	"net"
 	"os"
+	"sync"
 	"time"
 
 	"margo/engine"
 )
 
 // Group is a group of ranks over TCP. It is an engine.Comm for streams of any device:
-// tensors travel through the host, and calls wait for the stream.
+// tensors travel through the host, and calls wait for the stream. Close may be called by
+// another goroutine while a call waits for other ranks, which ends it.
 type Group struct {
-	place  Place
-	limit  time.Duration
-	peers  []net.Conn // rank 0: of every other rank; else peers[0] only
-	seq    uint32     // collectives so far
-	broken error
+	place Place
+	limit time.Duration
+	seq   uint32 // collectives so far
+
+	calling sync.Mutex // held by the collective that is under way, and taken before mu
+	mu      sync.Mutex // guards what follows, and the deadlines of connections
+	peers   []net.Conn // rank 0: of every other rank; else peers[0] only; none once the group is broken
+	broken  error
 }
 
 var _ engine.Comm = (*Group)(nil)
@@ -111,19 +116,30 @@ func readHeader(c io.Reader, want header) (header, error) {
 // collect runs one collective: the data of every rank that sends is combined on rank 0
 // in the order of ranks, and data becomes the result on all.
 func (g *Group) collect(h header, data []byte, combine func(rank int, theirs []byte) error) error {
-	if g.broken != nil {
-		return g.broken
+	g.calling.Lock()
+	defer g.calling.Unlock()
+	g.mu.Lock()
+	broken, peers := g.broken, g.peers
+	g.mu.Unlock()
+	if broken != nil {
+		return broken
 	}
 	if g.place.Size == 1 {
 		return nil
 	}
 	g.seq++
 	h.seq, h.bytes = g.seq, uint64(len(data))
-	until := func(c net.Conn, times time.Duration) { c.SetDeadline(time.Now().Add(times * g.limit)) }
+	until := func(c net.Conn, times time.Duration) {
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		if g.broken == nil { // else Close has ended the call
+			c.SetDeadline(time.Now().Add(times * g.limit))
+		}
+	}
 	sends := func(rank int) bool {
 		return h.op == opSum || h.op == opAgree || h.op == opBroadcast && rank == int(h.root)
 	}
-	if c := g.peers[0]; g.place.Rank != 0 {
+	if c := peers[0]; g.place.Rank != 0 {
 		until(c, 2) // rank 0's error, which names who is late, comes first
 		err := writeHeader(c, h)
 		if err == nil && sends(g.place.Rank) {
@@ -142,7 +158,7 @@ func (g *Group) collect(h header, data []byte, combine func(rank int, theirs []b
 		return nil
 	}
 	theirs := make([]byte, len(data))
-	for r, c := range g.peers {
+	for r, c := range peers {
 		if r == 0 {
 			continue
 		}
@@ -157,7 +173,7 @@ func (g *Group) collect(h header, data []byte, combine func(rank int, theirs []b
 			return g.breakUp(fault("%s: rank %d: %w", opNames[h.op], r, err))
 		}
 	}
-	for r, c := range g.peers {
+	for r, c := range peers {
 		if r == 0 {
 			continue
 		}
@@ -173,9 +189,18 @@ func (g *Group) collect(h header, data []byte, combine func(rank int, theirs []b
 	return nil
 }
 
-// breakUp makes err the group's last word: rank 0 tells it to all, everybody hangs up.
+// breakUp makes err the group's last word: rank 0 tells it to all, everybody hangs up. Where Close has ended the
+// call, that is why, and Close hangs up.
 func (g *Group) breakUp(err error) error {
-	g.broken = err
+	g.mu.Lock()
+	broken := g.broken
+	if broken == nil {
+		g.broken = err
+	}
+	g.mu.Unlock()
+	if broken != nil {
+		return broken
+	}
 	if g.place.Rank == 0 {
 		g.refuseAll(err)
 	}
@@ -184,7 +209,9 @@ func (g *Group) breakUp(err error) error {
 }
 
 func (g *Group) hangUp() {
-	for r, c := range g.peers {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for _, c := range g.peers {
 		if c == nil {
 			continue
 		}
@@ -197,14 +224,27 @@ func (g *Group) hangUp() {
 		} else {
 			c.Close()
 		}
-		g.peers[r] = nil
 	}
+	g.peers = nil
 }
 
-// Close leaves the group: the others learn of it in their next call.
+// Close leaves the group: the others learn of it in their next call. A call of this rank's that waits for others, in
+// another goroutine, ends with an error.
 func (g *Group) Close() error {
-	if g.broken == nil {
+	g.mu.Lock()
+	open := g.broken == nil
+	if open {
 		g.broken = fault("rank %d has left the group", g.place.Rank)
+		for _, c := range g.peers {
+			if c != nil {
+				c.SetDeadline(time.Unix(1, 0))
+			}
+		}
+	}
+	g.mu.Unlock()
+	if open {
+		g.calling.Lock() // what reads from the connections has ended
+		defer g.calling.Unlock()
 		g.hangUp()
 	}
 	return nil

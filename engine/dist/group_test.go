@@ -189,6 +189,44 @@ func TestLateRank(t *testing.T) {
 	}
 }
 
+// Close ends a call that another goroutine waits in, and the others hear that this rank has gone.
+func TestCloseEndsACall(t *testing.T) {
+	for _, closes := range []int{0, 1} {
+		start := time.Now()
+		waiting := make(chan struct{})
+		errs := together(t, 3, time.Minute, func(g *Group) error {
+			switch g.Rank() {
+			case closes:
+				ended := make(chan error)
+				go func() {
+					close(waiting)
+					ended <- g.Barrier()
+				}()
+				<-waiting
+				time.Sleep(50 * time.Millisecond) // most likely it waits by then; the outcome is the same if not
+				g.Close()
+				return <-ended
+			case 2: // who is waited for
+				<-waiting
+				time.Sleep(200 * time.Millisecond)
+			}
+			if err := g.Barrier(); err != nil {
+				return err
+			}
+			return g.Barrier() // rank 1 had come to the first
+		})
+		for r, err := range errs {
+			says := fmt.Sprintf("rank %d", closes)
+			if !errors.Is(err, engine.CommFault) || !strings.Contains(err.Error(), says) {
+				t.Errorf("rank %d: %v, want %q", r, err, says)
+			}
+		}
+		if took := time.Since(start); took > 20*time.Second {
+			t.Errorf("took %v", took)
+		}
+	}
+}
+
 func TestJoinRefuses(t *testing.T) {
 	join := func(limit time.Duration, places ...Place) []error {
 		addr, errs := testkit.FreeAddr(t), make([]error, len(places))
