@@ -16,7 +16,7 @@ import (
 
 const (
 	callsAhead  = 1024             // calls of a Comm that wait for the ranks to agree about
-	explainWait = 2 * time.Second  // for ranks to tell that they disagree, where that may be why NCCL has failed
+	explainWait = 5 * time.Second  // for ranks to tell that they disagree, where that may be why NCCL has failed
 	closeWait   = 10 * time.Second // for ranks to tell that they agree about what their devices have done
 )
 

@@ -140,7 +140,7 @@ void pause(int turn) {
 void ended(margo_group &g, size_t n) { // the first n of pending
 	for (size_t i = 0; i < n; i++) g.spare.push_back(g.pending[i].done);
 	g.pending.erase(g.pending.begin(), g.pending.begin() + std::ptrdiff_t(n));
-	if (g.ctx->under_way.fetch_sub(int64_t(n)) == int64_t(n)) g.ctx->due.store(UINT64_MAX);
+	g.ctx->under_way.fetch_sub(int64_t(n));
 }
 
 // break_up aborts the communicator, which ends its kernels, and keeps the first reason.
@@ -306,7 +306,11 @@ void wait_collectives(margo_context *c) {
 void keep_up(margo_context *c) {
 	for (int turn = 0;; turn++) {
 		const uint64_t first = look_at_all(c), now = c->launched.load();
-		if (first == UINT64_MAX) return; // and due is far
+		if (first == UINT64_MAX) {
+			c->due.store(UINT64_MAX);
+			if (c->under_way.load() > 0) c->due.store(0); // another thread has enqueued one since the look
+			return;
+		}
 		if (now < first + kAhead) return c->due.store(first + kAhead);
 		pause(turn);
 	}
