@@ -11,9 +11,9 @@
 // result has the bits that bf16 weights of the same numbers give.
 //
 // Blocks exchange rows through L2 in words of 8 bytes: two bf16 (or one f32, or two f32 of 28 bits) and the number of
-// the exchange, written and read whole. So the data say by themselves that they have come: no barrier, no
-// fence. A buffer is written again only after the next exchanges, which need all blocks to have read it. Per
-// step there are 3·depth + 3 exchanges:
+// the exchange, written and read whole. So the data say by themselves that they have come: no barrier, and no fence but for x,
+// which all read at the start and block 0 writes at the end. A buffer is written again only after the next exchanges, which need
+// all blocks to have read it. Per step there are 3·depth + 3 exchanges:
 //
 //	per block  mean and squared deviations of OWN columns → LN, modulation → u (bf16) → fc1, SiLU → f (bf16) → fc2,
 //	           gate; the residual stays in a register of the thread that owns it
@@ -166,6 +166,7 @@ template <int NT, int KS, bool FP8> __global__ void __launch_bounds__(256, 1) he
 		for (int i = warp; i < k_steps * NT; i += 8) fragments[(layer * k_steps * NT + i) * 32 + lane] = fetch(base, ld, i % NT, i / NT);
 	}
 	__syncthreads();
+	__threadfence(); // orders this block's reads of x before all that it publishes
 
 	int turn = 0; // of sums
 	// multiply gives the thread its element of buffer·Wᵀ, Σ over K in 8 parts, without the scale of FP8.
@@ -356,8 +357,11 @@ template <int NT, int KS, bool FP8> __global__ void __launch_bounds__(256, 1) he
 		__syncthreads();
 		s = project();
 	}
-	if (me == 0)
+	if (me == 0) {
+		__threadfence(); // what it has got from all blocks came after their reads of x, which end with a fence
+		__syncthreads();
 		for (int i = tid; i < n * c; i += 256) run.x[i] = mem.x[i];
+	}
 }
 
 // Plan of a launch; blocks is 0 if there is none.
@@ -408,6 +412,7 @@ template <int NT, int KS, bool FP8> margo_status start(margo_stream *st, const L
 	MARGO_TRY(check(c, cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, f, 256, plan.smem), "head_latency"));
 	if (int64_t(blocks) * c->prop.multiProcessorCount < plan.blocks) return MARGO_UNSUPPORTED;
 	note_launch(st, FP8 ? "head_latency_fp8" : "head_latency", f, 256, plan.smem);
+	gpu::name_next_launch(FP8 ? "head_latency_fp8" : "head_latency");
 	return with_room(c, "head_latency", [&] { return gpu::launch_cooperative(kernel, dim3(unsigned(plan.blocks)), dim3(256), plan.smem, st->s, p); });
 }
 template <bool FP8> margo_status start(margo_stream *st, const LatencyParams &p, const Plan &plan) {
