@@ -51,7 +51,7 @@ func (d *Device) Name() string { return "cpu" }
 // Info describes the machine. Peaks are there after MeasurePeaks.
 func (d *Device) Info() engine.Info {
 	info := engine.Info{Name: d.Name(), Model: cpuModel(), Arch: ISA(), Threads: d.threads}
-	info.MemTotal, info.MemFree = memory()
+	info.MemTotal, info.MemFree = Memory()
 	if p := d.peaks.Load(); p != nil {
 		info.PeakF32, info.PeakBF16, info.PeakMemory = p.PeakF32, p.PeakBF16, p.PeakMemory
 	}

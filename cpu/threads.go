@@ -95,10 +95,10 @@ var cpuModel = sync.OnceValue(func() string {
 	return runtime.GOARCH
 })
 
-// memory is the memory that this process may use and how much of it is
-// available, in bytes: the machine's, limited by its cgroups; 0 where the
-// system does not tell.
-func memory() (total, free int64) { return memoryOf(os.ReadFile) }
+// Memory is the memory that this process may use and how much of it is
+// available, in bytes: the machine's, limited by its cgroups and by what is left of
+// its address space (ulimit -v); 0 where the system does not tell.
+func Memory() (total, free int64) { return memoryOf(os.ReadFile) }
 
 func memoryOf(read func(string) ([]byte, error)) (total, free int64) {
 	b, _ := read("/proc/meminfo")
@@ -126,7 +126,27 @@ func memoryOf(read func(string) ([]byte, error)) (total, free int64) {
 			free = left
 		}
 	})
+	if limit, ok := addressSpace(read); ok {
+		status, _ := read("/proc/self/status")
+		if left := max(limit-fields(status)["VmSize:"]<<10, 1); free == 0 || left < free {
+			free = left
+		}
+	}
 	return total, free
+}
+
+// addressSpace is this process's limit of it.
+func addressSpace(read func(string) ([]byte, error)) (limit int64, ok bool) {
+	b, _ := read("/proc/self/limits")
+	for _, line := range strings.Split(string(b), "\n") {
+		if v, found := strings.CutPrefix(line, "Max address space"); found {
+			if f := strings.Fields(v); len(f) > 0 { // "unlimited", or bytes
+				n, err := strconv.ParseInt(f[0], 10, 64)
+				return n, err == nil
+			}
+		}
+	}
+	return 0, false
 }
 
 // number reads a file that holds one number.

@@ -32,6 +32,9 @@ func TestMemory(t *testing.T) {
 			"/sys/fs/cgroup/memory/x/memory.stat": "inactive_file 7\ntotal_inactive_file 1024000\ntotal_active_file 0\n"}, 4000 * kib, 2000 * kib},
 		{"v1 parent", tree{"/proc/self/cgroup": "5:memory:/x/y\n", "/sys/fs/cgroup/memory/x/y/memory.limit_in_bytes": "9223372036854771712\n", "/sys/fs/cgroup/memory/x/y/memory.usage_in_bytes": "1024000\n",
 			"/sys/fs/cgroup/memory/memory.limit_in_bytes": "2048000\n", "/sys/fs/cgroup/memory/memory.usage_in_bytes": "1024000\n"}, 2000 * kib, 1000 * kib},
+		{"address space", tree{"/proc/self/limits": "Limit                     Soft Limit           Hard Limit           Units     \nMax address space         3072000              unlimited            bytes     \n",
+			"/proc/self/status": "Name:\tmargo\nVmSize:\t    1000 kB\n"}, 8000 * kib, 2000 * kib},
+		{"no limit of address space", tree{"/proc/self/limits": "Max address space         unlimited            unlimited            bytes     \n"}, 8000 * kib, 6000 * kib},
 	} {
 		if c.files != nil {
 			c.files["/proc/meminfo"] = meminfo
@@ -46,7 +49,7 @@ func TestMemory(t *testing.T) {
 			t.Errorf("%s: %d total, %d free, want %d and %d", c.name, total, free, c.total, c.free)
 		}
 	}
-	if total, free := memory(); total < 1<<20 || free < 1 || free > total {
+	if total, free := Memory(); total < 1<<20 || free < 1 || free > total {
 		t.Errorf("this machine: %d total, %d free", total, free)
 	}
 }

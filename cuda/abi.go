@@ -97,8 +97,8 @@ func open(path string) (*C.margo_api, error) {
 		return nil, fmt.Errorf("its interface has version %d, this margo speaks version %d; build both from the same sources", have, C.MARGO_ABI_MAJOR)
 	case api == nil:
 		return nil, fmt.Errorf("%s", cString(text))
-	case api.size < C.sizeof_margo_api:
-		return nil, fmt.Errorf("its interface has version %d.%d, older than %d.%d; build both from the same sources",
+	case api.size < C.sizeof_margo_api || api.minor != C.MARGO_ABI_MINOR: // ops refuse arguments of another size, in the midst of work
+		return nil, fmt.Errorf("its interface has version %d.%d, this margo speaks %d.%d; build both from the same sources",
 			api.major, api.minor, C.MARGO_ABI_MAJOR, C.MARGO_ABI_MINOR)
 	}
 	return api, nil

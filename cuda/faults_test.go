@@ -52,7 +52,10 @@ func TestPluginRefused(t *testing.T) {
 			const margo_api *margo_plugin(uint32_t major, uint32_t *have) { *have = MARGO_ABI_MAJOR + 6; return 0; }`), "build both from the same sources"},
 		{"an older table", build("minor", `#include "margo_abi.h"
 			static const margo_api api = {64, MARGO_ABI_MAJOR, 0};
-			const margo_api *margo_plugin(uint32_t major, uint32_t *have) { *have = MARGO_ABI_MAJOR; return &api; }`), "older than"},
+			const margo_api *margo_plugin(uint32_t major, uint32_t *have) { *have = MARGO_ABI_MAJOR; return &api; }`), "version 1.0, this margo speaks 1."},
+		{"an older minor version", build("structs", `#include "margo_abi.h"
+			static const margo_api api = {sizeof(margo_api), MARGO_ABI_MAJOR, MARGO_ABI_MINOR - 1};
+			const margo_api *margo_plugin(uint32_t major, uint32_t *have) { *have = MARGO_ABI_MAJOR; return &api; }`), "build both from the same sources"},
 	} {
 		t.Setenv("MARGO_EMU_PLUGIN", c.path)
 		_, err := Open("emu:0", Options{})

@@ -7,11 +7,11 @@ import (
 	"testing"
 
 	"margo/engine"
-	"margo/engine/checkpoint"
 	weights "margo/engine/load"
 	"margo/engine/mar"
 	"margo/engine/plan"
 	"margo/engine/sample"
+	"margo/engine/testkit"
 )
 
 // plannedMemory is what a check up front counts for a request of a model like that of e, with its weights, on a device that is
@@ -66,15 +66,7 @@ func TestPlannedMemory(t *testing.T) {
 	t.Setenv("MARGO_EMU_RUN", "0")
 	t.Setenv("MARGO_CUDA_CACHE", "512MiB")
 	t.Setenv("MARGO_EMU_CC", "90")
-	f, err := checkpoint.Open(golden("mar_tiny_trained"), checkpoint.OpenOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	cfg, err := checkpoint.InferMAR(f, checkpoint.MAROptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
+	_, described := testkit.OpenMAR(t, golden("mar_tiny_trained"))
 	for _, lt := range []string{"0", "1"} {
 		for _, c := range []struct {
 			compute engine.DType
@@ -90,7 +82,7 @@ func TestPlannedMemory(t *testing.T) {
 				r.N, r.Batch, r.Iters, r.HeadSteps, r.CFG, r.Labels = 2*c.batch, c.batch, 4, 20, 3, []int{1}
 				open := func(dev engine.Device) (*sample.Engine, func()) {
 					t.Helper()
-					m, err := mar.New(cfg)
+					m, err := mar.New(&described.Config)
 					if err != nil {
 						t.Fatal(err)
 					}

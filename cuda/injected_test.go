@@ -14,10 +14,9 @@ import (
 	"time"
 
 	"margo/engine"
-	"margo/engine/checkpoint"
 	weights "margo/engine/load"
-	"margo/engine/mar"
 	"margo/engine/sample"
+	"margo/engine/testkit"
 )
 
 func emulatorOnly(t *testing.T) {
@@ -63,19 +62,7 @@ func sampleOnce(t *testing.T) (err, again, closed error, c Counters) {
 		return err, nil, nil, c
 	}
 	defer func() { c = d.Counters(); closed = errors.Join(closed, d.Close()) }()
-	f, err := checkpoint.Open(golden("mar_tiny_trained"), checkpoint.OpenOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	cfg, err := checkpoint.InferMAR(f, checkpoint.MAROptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	m, err := mar.New(cfg)
-	if err != nil {
-		t.Fatal(err)
-	}
+	f, m := testkit.OpenMAR(t, golden("mar_tiny_trained"))
 	defer weights.Free(engine.Params(m))
 	if err := weights.Bind(engine.Params(m), f, d, engine.F32, weights.Options{}); err != nil {
 		return err, nil, nil, c

@@ -24,6 +24,8 @@ func run(args []string, stdout, stderr io.Writer, signals <-chan os.Signal) (cod
 	term := &console{w: stderr}
 	stderr = term
 	log := newLogger(stderr)
+	out := &sink{w: stdout}
+	stdout = out
 	done := make(chan struct{})
 	defer close(done)
 	defer func() {
@@ -65,6 +67,9 @@ func run(args []string, stdout, stderr io.Writer, signals <-chan os.Signal) (cod
 	args, err := arrange(app, args)
 	if err == nil {
 		err = app.RunContext(ctx, append([]string{"margo"}, args...))
+	}
+	if err == nil {
+		err = out.failure()
 	}
 	if err == nil {
 		return exitOK
@@ -172,6 +177,9 @@ func versionCommand() *cli.Command {
 		Name:  "version",
 		Usage: "print the version",
 		Action: func(c *cli.Context) error {
+			if c.NArg() > 0 {
+				return usagef("version takes no arguments")
+			}
 			cli.ShowVersion(c)
 			return nil
 		},

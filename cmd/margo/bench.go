@@ -43,7 +43,7 @@ Examples:
   margo bench --from decode.json,mar.json --plot both.svg`,
 		Flags: slices.Concat([]cli.Flag{
 			&cli.StringFlag{Name: "model", Aliases: []string{"m"}, Category: "Model", Value: "mar-base", Usage: "`LIST`|of files (safetensors, .pth, .pt or .ckpt) and names: mar-base, ar-raster-base, dit-xl/2, kl-16 and others"},
-			&cli.StringFlag{Name: "tokenizer", Category: "Model", DefaultText: "the file that the model names, beside it; for a named model KL-16 or KL-8 with random weights", Usage: "`FILE`|the KL tokenizer's weights, for --decode"},
+			&cli.StringFlag{Name: "tokenizer", Aliases: []string{"t"}, Category: "Model", DefaultText: "the file that the model names, beside it; for a named model KL-16 or KL-8 with random weights", Usage: "`FILE`|the KL tokenizer's weights, for --decode"},
 		}, shapeFlags(), []cli.Flag{
 			&cli.StringFlag{Name: "batch", Category: "Work", Value: "1", Usage: "`LIST`|of batch sizes: images sampled at a time"},
 			&cli.StringFlag{Name: "dtype", Category: "Work", Value: "f32", Usage: "`LIST`|of number formats to compute in: f32, bf16"},

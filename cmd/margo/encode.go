@@ -79,7 +79,7 @@ func runEncode(c *cli.Context) error {
 	stride := t.info.KL.Stride()
 	list := &latents{tokenizer: filepath.Base(t.path), stride: stride, scale: t.info.LatentScale}
 	for _, path := range sources {
-		iw, ih, err := imageio.ImageSize(path)
+		iw, ih, err := checkImage(path, hostMemory())
 		if err != nil {
 			return err
 		}

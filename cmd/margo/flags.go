@@ -207,9 +207,12 @@ func parseClasses(text string, names []string, classNum int) ([]int, error) {
 				known = append(known, name)
 			}
 			slices.Sort(known)
-			return nil, usagef("--classes: the model has no class %q%s", item, didYouMean(suggest(item, known)))
+			return nil, usagef("--classes: the model has no class %q%s (margo inspect lists them)", item, didYouMean(suggest(item, known)))
 		}
-		if first < 0 || first > last || last >= classNum {
+		if first > last {
+			return nil, usagef("--classes: %s runs backwards: write %d-%d", item, last, first)
+		}
+		if first < 0 || last >= classNum {
 			return nil, usagef("--classes: %s is outside the model's classes 0 to %d", item, classNum-1)
 		}
 		for id := first; id <= last; id++ {

@@ -62,3 +62,31 @@ func TestTooLargeForMemory(t *testing.T) {
 		t.Errorf("left behind: %v", left)
 	}
 }
+
+// An image is compared with the host's memory before it is decoded.
+func TestImageTooLargeForMemory(t *testing.T) {
+	path := picture(t, filepath.Join(t.TempDir(), "small.png"), 100, 50)
+	if w, h, err := checkImage(path, 100*50*32); w != 100 || h != 50 || err != nil {
+		t.Error(w, h, err)
+	}
+	_, _, err := checkImage(path, 100*50*32-1)
+	if exitCode(err) != exitFailed || !strings.Contains(err.Error(), "not enough memory") || !strings.Contains(err.Error(), path) {
+		t.Error(err)
+	}
+}
+
+// full is a disk without space.
+type full struct{}
+
+func (full) Write([]byte) (int, error) { return 0, unix.ENOSPC }
+
+// What could not be printed is a failure, for text as for JSON.
+func TestFullStandardOutput(t *testing.T) {
+	for _, args := range [][]string{{"--help"}, {"help", "sample"}, {"version"}, {"devices"}, {"inspect", fashion}, {"inspect", fashion, "--json"}, {"completion", "bash"}} {
+		var msg strings.Builder
+		code := run(args, full{}, &msg, make(chan os.Signal))
+		if code != exitFailed || !strings.Contains(msg.String(), "standard output: no space left on device") {
+			t.Errorf("margo %v: exit %d, %s", args, code, msg.String())
+		}
+	}
+}

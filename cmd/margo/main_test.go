@@ -131,6 +131,7 @@ func TestExitCodes(t *testing.T) {
 		{sampleWith("--quiet=maybe"), 2, `--quiet: "maybe": neither true nor false`},
 		{[]string{"selftest", "--only", ""}, 2, "--only is empty"},
 		{sampleWith("--classes", "10"), 2, "classes 0 to 9"},
+		{sampleWith("--classes", "3-1"), 2, "3-1 runs backwards: write 1-3"},
 		{sampleWith("--classes", "1,,2"), 2, "empty item"},
 		{sampleWith("--classes", "sneker"), 2, "did you mean sneaker?"},
 		{sampleWith("--uncond", "--classes", "1"), 2, "leave out --classes"},
@@ -177,6 +178,7 @@ func TestExitCodes(t *testing.T) {
 		{[]string{"convert", tiny, at("o.pth")}, 2, "written as .safetensors"},
 		{[]string{"convert", tiny, at("no/such/o.safetensors")}, 1, "there is no folder"},
 		{[]string{"devices", "all"}, 2, "no arguments"},
+		{[]string{"version", "all"}, 2, "no arguments"},
 		{[]string{"completion", "csh"}, 2, "bash, zsh or fish"},
 	} {
 		code, out, msg := margo(c.args...)

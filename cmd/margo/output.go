@@ -1,15 +1,43 @@
 package main
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"sync"
 
 	"margo/engine/atomicfile"
 )
+
+// sink is standard output. Text for people is printed without looking at errors: the
+// first is kept here, so that a full disk does not end with exit code 0.
+type sink struct {
+	mu  sync.Mutex
+	w   io.Writer
+	err error
+}
+
+func (s *sink) Write(p []byte) (int, error) {
+	n, err := s.w.Write(p)
+	if err != nil {
+		err = fmt.Errorf("standard output: %w", cause(err))
+		s.mu.Lock()
+		s.err = cmp.Or(s.err, err)
+		s.mu.Unlock()
+	}
+	return n, err
+}
+
+// failure is the first error of writing.
+func (s *sink) failure() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.err
+}
 
 // cause is the reason alone, without the path that the caller's message names.
 func cause(err error) error {

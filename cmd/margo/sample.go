@@ -48,7 +48,7 @@ Examples:
       --classes 207 -n 4 --out filled.png`,
 		Flags: slices.Concat([]cli.Flag{
 			&cli.StringFlag{Name: "model", Aliases: []string{"m"}, Category: "Model", Usage: "`FILE`|the weights of a MAR or DiT: safetensors, .pth, .pt or .ckpt (needed)"},
-			&cli.StringFlag{Name: "tokenizer", Category: "Model", DefaultText: "the file that the model names, beside it", Usage: "`FILE`|the tokenizer's weights: KL, or VQ, whose latents before quantisation are the tokens"},
+			&cli.StringFlag{Name: "tokenizer", Aliases: []string{"t"}, Category: "Model", DefaultText: "the file that the model names, beside it", Usage: "`FILE`|the tokenizer's weights: KL, or VQ, whose latents before quantisation are the tokens"},
 			latentScaleFlag("Model", "the model's, else the tokenizer's"),
 		}, shapeFlags(), []cli.Flag{
 			&cli.StringFlag{Name: "classes", Category: "Images", DefaultText: "all in turn", Usage: "`LIST`|class ids, ranges or names that the model knows, repeated in turn: 207,360 or 0-9 or sneaker,bag"},

@@ -28,6 +28,11 @@ func readKnownImage(c *cli.Context, cfg *checkpoint.MARConfig) (*knownImage, err
 	if k.size > imageio.MaxPixels/k.size {
 		return nil, usagef("--image: the model's images have %d×%d pixels, at most %d are read", k.size, k.size, imageio.MaxPixels)
 	}
+	for _, name := range []string{"image", "mask"} {
+		if _, _, err := checkImage(c.String(name), hostMemory()); err != nil {
+			return nil, err
+		}
+	}
 	var err error
 	if k.pixels, err = imageio.ReadImage(c.String("image"), k.size, k.size); err != nil {
 		return nil, err

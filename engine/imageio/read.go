@@ -209,6 +209,10 @@ func ImageSize(path string) (w, h int, err error) {
 	return c.Width, c.Height, err
 }
 
+// ReadBytes is about what reading an image of w×h pixels takes at most: 8 bytes a
+// pixel as decoded, 12 as floats, and 12 once more where it is cropped.
+func ReadBytes(w, h int) int64 { return int64(w) * int64(h) * 32 }
+
 // header reads an image's size and checks that it can be decoded.
 func header(path string, r io.Reader) (image.Config, error) {
 	c, _, err := image.DecodeConfig(bufio.NewReader(r))

@@ -27,14 +27,14 @@ func FreeAddr(t testing.TB) string {
 	return l.Addr().String()
 }
 
-// LoadMAR puts the MAR of a file on a device until the test ends.
-func LoadMAR(t testing.TB, path string, dev engine.Device, compute engine.DType) *mar.Model {
+// OpenMAR opens the file of a MAR, until the test ends, and describes the model, without values.
+func OpenMAR(t testing.TB, path string) (*checkpoint.File, *mar.Model) {
 	t.Helper()
 	f, err := checkpoint.Open(path, checkpoint.OpenOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer f.Close()
+	t.Cleanup(func() { f.Close() })
 	cfg, err := checkpoint.InferMAR(f, checkpoint.MAROptions{})
 	if err != nil {
 		t.Fatal(err)
@@ -43,6 +43,13 @@ func LoadMAR(t testing.TB, path string, dev engine.Device, compute engine.DType)
 	if err != nil {
 		t.Fatal(err)
 	}
+	return f, m
+}
+
+// LoadMAR puts the MAR of a file on a device until the test ends.
+func LoadMAR(t testing.TB, path string, dev engine.Device, compute engine.DType) *mar.Model {
+	t.Helper()
+	f, m := OpenMAR(t, path)
 	if err := load.Bind(engine.Params(m), f, dev, compute, load.Options{}); err != nil {
 		t.Fatal(err)
 	}
