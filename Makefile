@@ -119,6 +119,10 @@ emu: ## build bin/libmargo_emu.so: the CUDA kernels run and checked on the host
 	@mkdir -p bin
 	@$(MAKE) --no-print-directory -s -C kernels/emu OUT=$(CURDIR)/bin
 
+.PHONY: emu-report
+emu-report: ## write kernels/ACCESS.md: bank conflicts and unused sectors of every kernel that the table launches
+	@kernels/emu/access.sh
+
 .PHONY: emu-check emu-asan emu-tsan
 emu-check: ## test ./cuda on the emulator with its checker of races and bounds (long)
 	@.ci/sanitize check

@@ -81,16 +81,25 @@ var mutants = []struct {
 	{"strided", 0, `^ok$`, `^ok$`},                     // right and slow: see counted
 	{"strided", 1, `^ok$`, `^ok$`},
 	{"strided", 2, `^ok$`, `^ok$`},
+	{"vectors", 0, `^ok$`, `^ok$`},
+	{"vectors", 1, `^ok$`, `^ok$`},
+	{"vectors", 2, `^ok$`, `^ok$`},
 }
 
-// counted is what the check build must report for the launches of strided. Four warps load and store once in
+// counted is what the check build must report for the launches of strided and vectors. Four warps load and store once in
 // each memory. A warp's 32 floats are 4 sectors side by side, 8 if every other one is taken, 32 if they lie 36
 // bytes apart; in shared memory 1 turn of the banks, 8 if they lie 8 words apart (8 lanes to each of 4 banks), 1
-// if they lie 33 words apart.
+// if they lie 33 words apart. 32 vectors of 16 bytes are 16 sectors and 4 turns, of 8 lanes each; 8 turns if they lie 32 bytes apart.
 var counted = []string{
-	`^strided global=8 waves=32 least=32 shared=8 waves=8 least=8$`,
-	`^strided global=8 waves=48 least=32 worst=mutants\.cu:\d+:32/16 shared=8 waves=64 least=8 worst=mutants\.cu:\d+:32/4$`,
-	`^strided global=8 waves=144 least=32 worst=mutants\.cu:\d+:128/16 shared=8 waves=8 least=8$`,
+	`^strided global.load=4 waves=16 least=16 global.store=4 waves=16 least=16 shared.load=4 waves=4 least=4 shared.store=4 waves=4 least=4$`,
+	`^strided global.load=4 waves=32 least=16 worst=mutants\.cu:\d+:32/16 global.store=4 waves=16 least=16 ` +
+		`shared.load=4 waves=32 least=4 worst=mutants\.cu:\d+:32/4 shared.store=4 waves=32 least=4 worst=mutants\.cu:\d+:32/4$`,
+	`^strided global.load=4 waves=128 least=16 worst=mutants\.cu:\d+:128/16 global.store=4 waves=16 least=16 shared.load=4 waves=4 least=4 shared.store=4 waves=4 least=4$`,
+	`^vectors global.load=4 waves=64 least=64 global.store=4 waves=64 least=64 shared.load=4 waves=16 least=16 shared.store=4 waves=16 least=16$`,
+	`^vectors global.load=4 waves=64 least=64 global.store=4 waves=64 least=64 ` +
+		`shared.load=4 waves=32 least=16 worst=mutants\.cu:\d+:32/16 shared.store=4 waves=32 least=16 worst=mutants\.cu:\d+:32/16$`,
+	`^vectors global.load=4 waves=64 least=64 global.store=4 waves=64 least=64 ` +
+		`shared.load=4 waves=32 least=16 worst=mutants\.cu:\d+:32/16 shared.store=4 waves=32 least=16 worst=mutants\.cu:\d+:32/16$`,
 }
 
 // runMutants runs the program and returns how each kernel and bug ended.
@@ -143,18 +152,18 @@ func TestMutants(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				var strided []string
+				var lines []string
 				for _, line := range strings.Split(string(text), "\n") {
-					if strings.HasPrefix(line, "strided") {
-						strided = append(strided, line)
+					if strings.HasPrefix(line, "strided") || strings.HasPrefix(line, "vectors") {
+						lines = append(lines, line)
 					}
 				}
 				for i, want := range counted {
 					if san == "" {
-						want = `^strided$` // the plain build sees no accesses
+						want = `^(strided|vectors)$` // the plain build sees no accesses
 					}
-					if len(strided) != len(counted) || !regexp.MustCompile(want).MatchString(strided[i]) {
-						t.Errorf("launch %d: want %s in the report, got %q", i, want, strided)
+					if len(lines) != len(counted) || !regexp.MustCompile(want).MatchString(lines[i]) {
+						t.Errorf("launch %d: want %s in the report, got %q", i, want, lines)
 					}
 				}
 				if n := strings.Count(string(text), "tiles ldmatrix=1280 conflicts=8.00"); n != 1 {

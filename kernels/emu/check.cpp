@@ -29,9 +29,19 @@ struct Pattern { // accesses of a warp to one memory by one instruction
 	uint64_t requests = 0, waves = 0, least = 0;
 };
 
-struct Lane { // the k-th execution of an instruction by the lanes of a warp
+struct Request { // the k-th execution of an instruction by the lanes of a warp
+	const void *pc;
+	int warp;
+	uint32_t turn;
+	bool operator==(const Request &) const = default;
+};
+struct Hash {
+	size_t operator()(const Request &r) const { return (reinterpret_cast<uintptr_t>(r.pc) * 64 + size_t(r.warp)) * 0x9E3779B97F4A7C15ull + r.turn; }
+};
+struct Lanes {
 	uint32_t mask = 0;
 	uint8_t bytes = 0;
+	Counted what;
 	uint64_t at[32];
 };
 
@@ -51,12 +61,12 @@ struct Checker {
 	bool counting = false;
 	std::map<uintptr_t, std::vector<Cell>> shared; // by block's memory
 	std::unordered_map<uintptr_t, Clocks> sync; // of atomics, by address
-	std::map<std::pair<const void *, uint64_t>, Lane> lanes; // by instruction, warp and turn
+	std::unordered_map<Request, Lanes, Hash> requests; // that some lanes have not come to
 	uint32_t latest = 0, launch_base = 0, block_base = 0;
 	const Run *run = nullptr;
 	uint64_t number = 0; // of the launch
 	uintptr_t image = 0;
-	std::map<const void *, Pattern> patterns[2]; // global, shared: of the launch so far, by instruction
+	std::unordered_map<const void *, Pattern> patterns[kCounted]; // of the launch so far, by instruction
 };
 
 Checker &checker() { // check builds use one worker
@@ -109,57 +119,62 @@ void touch(Cell &k, bool is_write, bool atomic, const void *p, bool global, cons
 	k.write = me;
 }
 
-void count(Fiber *f, const void *p, size_t bytes, bool shared, const void *pc) {
+// settle adds a request to the figures of its instruction: shared memory serves 32 banks of 4 bytes at a time (of 16-byte
+// accesses 8 lanes, of 8 bytes 16), the same word once for all; global memory moves in sectors of 32 bytes.
+void settle(const void *pc, const Lanes &l) {
+	Pattern &p = checker().patterns[l.what][pc];
+	p.requests++;
+	const bool shared = l.what >= shared_load;
+	const unsigned unit = shared ? 4 : 32;
+	const int step = !shared ? 32 : l.bytes >= 16 ? 8 : l.bytes >= 8 ? 16 : 32;
+	for (int first = 0; first < 32; first += step) {
+		uint64_t units[160];
+		int n = 0;
+		unsigned hits[32] = {}, worst = 0;
+		for (int i = first; i < first + step; i++) {
+			if (!(l.mask >> i & 1)) continue;
+			for (uint64_t u = l.at[i] / unit; u <= (l.at[i] + l.bytes - 1) / unit; u++) {
+				int k = n;
+				while (k > 0 && units[k - 1] != u) k--;
+				if (k > 0) continue;
+				units[n++] = u;
+				worst = std::max(worst, ++hits[u % 32]);
+			}
+		}
+		if (shared && worst) p.waves += worst, p.least++;
+		if (!shared) p.waves += unsigned(n), p.least += std::min(unsigned(n), (unsigned(__builtin_popcount(l.mask)) * l.bytes + 31) / 32); // lanes may read the same
+	}
+}
+
+// memory_of tells whether p is shared memory of the thread's block (1) or memory of the device (0); -1: neither.
+int memory_of(const Fiber *f, const void *p, size_t bytes) {
+	auto at = reinterpret_cast<uintptr_t>(p), smem = reinterpret_cast<uintptr_t>(f->smem);
+	if (at >= smem && at + bytes <= smem + f->smem_bytes) return 1;
+	const auto &m = checker().run->memory;
+	auto it = std::upper_bound(m.begin(), m.end(), at, [](uintptr_t v, const Range &r) { return v < r.begin; });
+	return it != m.begin() && at + bytes <= (it - 1)->end ? 0 : -1;
+}
+
+void count(Fiber *f, const void *p, size_t bytes, bool shared, bool is_write, const void *pc) {
 	Checker &c = checker();
-	uint32_t turn = c.threads[size_t(index_of(f))].turns[pc]++;
-	Lane &l = c.lanes[{pc, uint64_t(f->warp->number) << 33 | uint64_t(turn) << 1 | shared}];
+	const Request key{pc, f->warp->number, c.threads[size_t(index_of(f))].turns[pc]++};
+	auto it = c.requests.try_emplace(key).first;
+	Lanes &l = it->second;
 	l.mask |= 1u << f->lane;
 	l.bytes = uint8_t(bytes > 16 ? 16 : bytes);
+	l.what = Counted((shared ? shared_load : global_load) + is_write);
 	l.at[f->lane] = reinterpret_cast<uintptr_t>(p) - (shared ? reinterpret_cast<uintptr_t>(f->smem) : 0);
+	if (l.mask != f->warp->exists) return;
+	settle(pc, l);
+	c.requests.erase(it);
 }
 
-// waves: shared memory serves 32 banks of 4 bytes at a time (of 16-byte accesses 8 lanes, of 8 bytes 16), the
-// same word once for all; global memory is read in sectors of 32 bytes.
-void settle_counts() {
-	Checker &c = checker();
-	for (auto &[key, l] : c.lanes) {
-		const bool shared = key.second & 1;
-		Pattern &p = c.patterns[shared][key.first];
-		p.requests++;
-		int lanes = __builtin_popcount(l.mask);
-		if (shared) {
-			int step = l.bytes >= 16 ? 8 : l.bytes >= 8 ? 16 : 32;
-			for (int first = 0; first < 32; first += step) {
-				std::vector<uint64_t> bank[32];
-				size_t worst = 0;
-				for (int i = first; i < first + step; i++) {
-					if (!(l.mask >> i & 1)) continue;
-					for (uint64_t word = l.at[i] / 4; word <= (l.at[i] + l.bytes - 1) / 4; word++) {
-						auto &b = bank[word % 32];
-						if (std::find(b.begin(), b.end(), word) == b.end()) b.push_back(word);
-						worst = std::max(worst, b.size());
-					}
-				}
-				if (worst) p.waves += worst, p.least++;
-			}
-		} else {
-			std::vector<uint64_t> sectors;
-			for (int i = 0; i < 32; i++)
-				if (l.mask >> i & 1)
-					for (uint64_t s = l.at[i] / 32; s <= (l.at[i] + l.bytes - 1) / 32; s++)
-						if (std::find(sectors.begin(), sectors.end(), s) == sectors.end()) sectors.push_back(s);
-			p.waves += sectors.size();
-			p.least += std::min(uint64_t(sectors.size()), uint64_t(lanes * l.bytes + 31) / 32); // lanes may read the same bytes
-		}
-	}
-	c.lanes.clear();
-}
-
-void access(const void *p, size_t bytes, bool is_write, bool atomic, const void *pc) {
+void access(const void *p, size_t bytes, bool is_write, bool atomic, bool counts, const void *pc) {
 	Fiber *f = self();
 	Checker &c = checker();
 	auto at = reinterpret_cast<uintptr_t>(p);
 	if (in_stack(f, p)) return;
+	if (counts && f->vector_left >= bytes && at >= f->vector && at + bytes <= f->vector + 16) f->vector_left -= bytes, counts = false; // counted as a whole
 	auto smem = reinterpret_cast<uintptr_t>(f->smem);
 	if (at >= smem && at < smem + f->smem_bytes + 256) {
 		if (at + bytes > smem + f->smem_bytes) {
@@ -169,12 +184,12 @@ void access(const void *p, size_t bytes, bool is_write, bool atomic, const void 
 		}
 		Cell *cells = static_cast<Cell *>(f->block_of->cells);
 		for (size_t i = (at - smem) / 2; i <= (at - smem + bytes - 1) / 2; i++) touch(cells[i], is_write, atomic, p, false, pc);
-		if (c.counting && !atomic) count(f, p, bytes, true, pc);
+		if (counts) count(f, p, bytes, true, is_write, pc);
 		return;
 	}
 	auto global = [&](uintptr_t begin, Cell *cells) {
 		for (size_t i = (at - begin) / 2; i <= (at - begin + bytes - 1) / 2; i++) touch(cells[i], is_write, atomic, p, true, pc);
-		if (c.counting && !atomic) count(f, p, bytes, false, pc);
+		if (counts) count(f, p, bytes, false, is_write, pc);
 	};
 	auto &recent = c.recent[reinterpret_cast<uintptr_t>(pc) / 4 % 4];
 	if (at >= recent.begin && at + bytes <= recent.end) return global(recent.begin, recent.cells);
@@ -200,8 +215,8 @@ void access(const void *p, size_t bytes, bool is_write, bool atomic, const void 
 	}
 }
 
-void on_access(const void *p, size_t bytes, bool is_write, bool atomic, const void *pc) {
-	if (current && group && bytes) access(p, bytes, is_write, atomic, pc);
+void on_access(const void *p, size_t bytes, bool is_write, bool counts, const void *pc) {
+	if (current && group && bytes) access(p, bytes, is_write, false, counts && checker().counting, pc);
 }
 
 } // namespace
@@ -244,8 +259,9 @@ void begin(Group *g) {
 }
 
 void end(Group *g) {
-	settle_counts();
-	for (int i = 0; i < 2; i++) {
+	for (auto &[key, l] : checker().requests) settle(key.pc, l); // that only some lanes came to
+	checker().requests.clear();
+	for (int i = 0; i < kCounted; i++) {
 		Run &r = *g->run;
 		r.requests[i] = r.waves[i] = r.least[i] = r.worst_waves[i] = r.worst_least[i] = 0;
 		for (auto &[pc, p] : checker().patterns[i]) {
@@ -257,6 +273,14 @@ void end(Group *g) {
 
 void read(const void *p, size_t bytes, const void *pc) { on_access(p, bytes, false, false, pc); }
 void write(const void *p, size_t bytes, const void *pc) { on_access(p, bytes, true, false, pc); }
+void count(const void *p, size_t bytes, bool is_write, const void *pc) {
+	Fiber *f = self();
+	if (!checker().counting || !bytes || in_stack(f, p)) return;
+	int where = memory_of(f, p, bytes);
+	if (where < 0) return;
+	count(f, p, bytes, where == 1, is_write, pc);
+	f->vector = reinterpret_cast<uintptr_t>(p), f->vector_left = uint32_t(bytes);
+}
 
 void release(Clocks &c) {
 	Fiber *f = self();
@@ -311,7 +335,7 @@ namespace {
 
 void before_atomic(const void *p, size_t bytes, bool is_write, int order, const void *pc) {
 	if (!current || !group) return;
-	access(p, bytes, is_write, true, pc);
+	access(p, bytes, is_write, true, false, pc);
 	PerThread &t = checker().threads[size_t(index_of(self()))];
 	Clocks &c = checker().sync[reinterpret_cast<uintptr_t>(p)];
 	if (is_write) {
@@ -335,18 +359,22 @@ void after_atomic(const void *p, bool is_read, int order) {
 } // namespace
 } // namespace emu::check
 
+void emu::vector_access(const void *p, size_t bytes, bool is_write) {
+	if (current && group) check::count(p, bytes, is_write, __builtin_return_address(0));
+}
+
 // ---- what the compiler calls ---------------------------------------------------------
 
 using namespace emu;
 
 #define PC __builtin_return_address(0)
 #define PLAIN(n)                                                                                           \
-	void __tsan_read##n(void *p) { check::read(p, n, PC); }                                                \
-	void __tsan_write##n(void *p) { check::write(p, n, PC); }                                              \
-	void __tsan_volatile_read##n(void *p) { check::read(p, n, PC); }                                       \
-	void __tsan_volatile_write##n(void *p) { check::write(p, n, PC); }                                     \
-	void __tsan_unaligned_read##n(void *p) { check::read(p, n, PC); }                                      \
-	void __tsan_unaligned_write##n(void *p) { check::write(p, n, PC); }
+	void __tsan_read##n(void *p) { check::on_access(p, n, false, true, PC); }                              \
+	void __tsan_write##n(void *p) { check::on_access(p, n, true, true, PC); }                              \
+	void __tsan_volatile_read##n(void *p) { check::on_access(p, n, false, true, PC); }                     \
+	void __tsan_volatile_write##n(void *p) { check::on_access(p, n, true, true, PC); }                     \
+	void __tsan_unaligned_read##n(void *p) { check::on_access(p, n, false, true, PC); }                    \
+	void __tsan_unaligned_write##n(void *p) { check::on_access(p, n, true, true, PC); }
 #define ATOMIC(bits, T)                                                                                    \
 	T __tsan_atomic##bits##_load(const volatile T *p, int order) {                                         \
 		check::before_atomic(const_cast<T *>(p), sizeof(T), false, order, PC);                             \
@@ -392,8 +420,8 @@ PLAIN(2)
 PLAIN(4)
 PLAIN(8)
 PLAIN(16)
-void __tsan_read_range(void *p, size_t n) { check::read(p, n, PC); }
-void __tsan_write_range(void *p, size_t n) { check::write(p, n, PC); }
+void __tsan_read_range(void *p, size_t n) { check::on_access(p, n, false, true, PC); }
+void __tsan_write_range(void *p, size_t n) { check::on_access(p, n, true, true, PC); }
 ATOMIC(8, uint8_t)
 ATOMIC(16, uint16_t)
 ATOMIC(32, uint32_t)

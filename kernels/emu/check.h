@@ -8,7 +8,8 @@
 //     __syncwarp, mbarrier or release/acquire of this run orders. Shuffles and mma order nothing;
 //   - accesses just outside buffers and shared memory, and writes to anything that
 //     is neither device memory nor the thread's own;
-//   - bank conflicts and uncoalesced accesses, counted for every kernel.
+//   - bank conflicts and uncoalesced accesses, counted for every kernel: the k-th time that each lane of a warp
+//     comes to an instruction is one request.
 //
 // Orders are vector clocks over the threads of a group. Blocks of an ordinary launch are
 // never ordered, not even by atomics (kernels that rely on that launch cooperatively).
@@ -39,8 +40,10 @@ using Clocks = std::vector<uint32_t>;
 void begin(Group *); // of a group of blocks
 void end_block(Block *);
 void end(Group *);
+// read and write are accesses that the emulator makes for the current thread; count makes one part of a request.
 void read(const void *p, size_t bytes, const void *pc);
 void write(const void *p, size_t bytes, const void *pc);
+void count(const void *p, size_t bytes, bool is_write, const void *pc);
 // release adds what the current thread has seen and done to c; acquire takes it over.
 void release(Clocks &c);
 void acquire(const Clocks &c);

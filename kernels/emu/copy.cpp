@@ -32,7 +32,12 @@ void cp_async(void *dst, const void *src, int size, int bytes, const char *file,
 	if (bytes < 0 || bytes > size) fail(cudaErrorLaunchFailure, file, line, "cp.async: %d bytes of %d", bytes, size);
 	if (reinterpret_cast<uintptr_t>(src) % unsigned(size)) fail(cudaErrorMisalignedAddress, file, line, "cp.async: source %p is no multiple of %d", src, size);
 	if (bytes) check_global(src, size_t(bytes), "cp.async: source", file, line);
-	if constexpr (check::on) check::write(dst, size_t(size), __builtin_return_address(0));
+	if constexpr (check::on) {
+		check::write(dst, size_t(size), __builtin_return_address(0));
+		check::count(dst, size_t(size), true, __builtin_return_address(0));
+		check::count(src, size_t(bytes), false, __builtin_return_address(0));
+		f->vector_left = 0; // the copy itself is not counted again
+	}
 	memset(dst, 0xff, size_t(size)); // whoever reads it before the wait sees NaN
 	f->copies.push_back({static_cast<char *>(dst), static_cast<const char *>(src), size, bytes});
 }

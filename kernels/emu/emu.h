@@ -2,7 +2,7 @@
 // called once for every CUDA thread, on a fiber of its own; warps, barriers and
 // asynchronous copies behave as the PTX manual allows at worst, and whatever it
 // forbids is an error that names file, line, block and thread (emu.h declares,
-// fiber.cpp schedules, warp.cpp and copy.cpp execute, runtime.h is the runtime API).
+// fiber.cpp schedules, collective.cpp and copy.cpp execute, runtime.h is the runtime API).
 //
 // What differs from hardware on purpose: shared memory and new device memory are
 // NaN; a cp.async destroys its destination at once and delivers at the wait;
@@ -58,6 +58,13 @@ extern __thread Thread *current __attribute__((tls_model("initial-exec")));
 inline void check_aligned(const void *p, int bytes, const char *file, int line) {
 	if (reinterpret_cast<uintptr_t>(p) % unsigned(bytes) && current) [[unlikely]] misaligned(p, bytes, file, line);
 }
+
+#if defined(EMU_CHECK)
+// vector_access tells the checker that the accesses to the elements of a vector, which follow, are one.
+void vector_access(const void *p, size_t bytes, bool is_write);
+#else
+inline void vector_access(const void *, size_t, bool) {}
+#endif
 
 enum class Op : uint8_t { sync, shuffle, ballot, any, all, mma, mma_k8, ldmatrix, ldmatrix_t, call };
 
@@ -124,9 +131,16 @@ template <class T, class F> T update(T *p, F f) { // relaxed, as CUDA's are
 		T x, y;                                                                                                           \
 		name() = default;                                                                                                 \
 		name(T a, T b) : x(a), y(b) {}                                                                                    \
-		name(const name &o, EMU_AT) { emu::check_aligned(&o, sizeof o, file, line), x = o.x, y = o.y; }                   \
-		name &operator=(const name &o) {                                                                                  \
-			emu::check_aligned(this, sizeof o, "", 0), emu::check_aligned(&o, sizeof o, "", 0), x = o.x, y = o.y;         \
+		__forceinline__ name(const name &o, EMU_AT) {                                                                     \
+			emu::check_aligned(&o, sizeof o, file, line), emu::vector_access(&o, sizeof o, false);                        \
+			x = o.x, y = o.y;                                                                                             \
+		}                                                                                                                 \
+		__forceinline__ name &operator=(const name &o) {                                                                  \
+			emu::check_aligned(this, sizeof o, "", 0), emu::check_aligned(&o, sizeof o, "", 0);                           \
+			emu::vector_access(&o, sizeof o, false);                                                                      \
+			T a = o.x, b = o.y;                                                                                           \
+			emu::vector_access(this, sizeof o, true);                                                                     \
+			x = a, y = b;                                                                                                 \
 			return *this;                                                                                                 \
 		}                                                                                                                 \
 	};                                                                                                                    \
@@ -136,10 +150,16 @@ template <class T, class F> T update(T *p, F f) { // relaxed, as CUDA's are
 		T x, y, z, w;                                                                                                     \
 		name() = default;                                                                                                 \
 		name(T a, T b, T c, T d) : x(a), y(b), z(c), w(d) {}                                                              \
-		name(const name &o, EMU_AT) { emu::check_aligned(&o, sizeof o, file, line), x = o.x, y = o.y, z = o.z, w = o.w; } \
-		name &operator=(const name &o) {                                                                                  \
-			emu::check_aligned(this, sizeof o, "", 0), emu::check_aligned(&o, sizeof o, "", 0);                           \
+		__forceinline__ name(const name &o, EMU_AT) {                                                                     \
+			emu::check_aligned(&o, sizeof o, file, line), emu::vector_access(&o, sizeof o, false);                        \
 			x = o.x, y = o.y, z = o.z, w = o.w;                                                                           \
+		}                                                                                                                 \
+		__forceinline__ name &operator=(const name &o) {                                                                  \
+			emu::check_aligned(this, sizeof o, "", 0), emu::check_aligned(&o, sizeof o, "", 0);                           \
+			emu::vector_access(&o, sizeof o, false);                                                                      \
+			T a = o.x, b = o.y, c = o.z, d = o.w;                                                                         \
+			emu::vector_access(this, sizeof o, true);                                                                     \
+			x = a, y = b, z = c, w = d;                                                                                   \
 			return *this;                                                                                                 \
 		}                                                                                                                 \
 	};                                                                                                                    \

@@ -386,7 +386,7 @@ void run_blocks(Group *g, Run *run, uint64_t first, int count) {
 				f.smem = k.smem, f.smem_bytes = l.smem;
 				f.lane = n, f.warp = &x, f.block_of = &k;
 				f.stack = nullptr, f.done = false, f.what = nullptr, f.file = nullptr, f.line = 0;
-				f.copies.clear(), f.commits.clear(), f.committed = 0, f.products = 0;
+				f.copies.clear(), f.commits.clear(), f.committed = 0, f.products = 0, f.vector_left = 0;
 			}
 		}
 	}

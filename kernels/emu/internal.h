@@ -32,6 +32,9 @@ struct Launch {
 	std::function<void()> body;
 };
 
+// Counted is what the checker counts of a launch.
+enum Counted { global_load, global_store, shared_load, shared_store, kCounted };
+
 // Run is a launch that executes: what its workers share.
 struct Run {
 	const Launch *launch;
@@ -46,10 +49,10 @@ struct Run {
 	std::string report;
 	bool counting = false; // of accesses
 	std::vector<const void *> pcs; // that {pc0}, {pc1} in the report stand for
-	// Counters of global [0] and shared [1] memory (check builds), and of ldmatrix (any build).
-	uint64_t requests[2] = {}, waves[2] = {}, least[2] = {};
-	const void *worst[2] = {}; // the instruction with most waves beyond the least, null: none has any
-	uint64_t worst_waves[2] = {}, worst_least[2] = {};
+	// Counters of accesses (check builds), and of ldmatrix (any build).
+	uint64_t requests[kCounted] = {}, waves[kCounted] = {}, least[kCounted] = {};
+	const void *worst[kCounted] = {}; // the instruction with most waves beyond the least, null: none has any
+	uint64_t worst_waves[kCounted] = {}, worst_least[kCounted] = {};
 	std::atomic<uint64_t> matrices{0}, matrix_waves{0};
 };
 
@@ -80,6 +83,8 @@ struct Fiber : Thread {
 	std::vector<uint32_t> commits; // copies of each group, counted from the oldest
 	uint32_t committed; // copies that belong to a group
 	uint32_t products;  // wgmma that it took part in
+	uintptr_t vector;   // the checker has counted this access as a whole:
+	uint32_t vector_left; // so many bytes of it will come by elements
 };
 
 struct Meeting { // of lanes at a collective

@@ -72,9 +72,9 @@ void report(const Run &r) {
 	if (!f) return;
 	fprintf(f, "%s", r.launch->name.c_str());
 	if (uint64_t n = r.matrices.load()) fprintf(f, " ldmatrix=%llu conflicts=%.2f", (unsigned long long)n, double(r.matrix_waves.load()) / double(n));
-	const char *names[2] = {"global", "shared"};
+	const char *names[kCounted] = {"global.load", "global.store", "shared.load", "shared.store"};
 	using big = unsigned long long;
-	for (int i = 0; i < 2; i++) {
+	for (int i = 0; i < kCounted; i++) {
 		if (!r.requests[i]) continue;
 		fprintf(f, " %s=%llu waves=%llu least=%llu", names[i], big(r.requests[i]), big(r.waves[i]), big(r.least[i]));
 		if (r.worst[i]) fprintf(f, " worst=%s:%llu/%llu", check::place(r.worst[i]).c_str(), big(r.worst_waves[i]), big(r.worst_least[i]));

@@ -15,9 +15,9 @@
 //   MARGO_EMU_SEED      0: fixed order
 //   MARGO_EMU_TRACE     file to which every launch is appended, a line each
 //   MARGO_EMU_REPORT    file to which every launch appends what was counted, a line each: matrices read by
-//                       ldmatrix and their bank conflicts (1: none); in check builds also, for global and for
-//                       shared memory, warps' accesses, the waves that these take (global: sectors of 32 bytes;
-//                       shared: turns of the 32 banks), the least that their bytes could take, and the line
+//                       ldmatrix and their bank conflicts (1: none); in check builds also, for loads and stores of
+//                       global and of shared memory, warps' requests, the waves that these take (global: sectors of 32
+//                       bytes; shared: turns of the 32 banks), the least that their bytes could take, and the line
 //                       with the most beyond that
 //   MARGO_EMU_FAIL_ALLOC n: allocations after the n-th fail, as if another process had taken what was free
 //   MARGO_EMU_TAKES     device memory that driver and libraries take for their own objects, as in graph:4096,stream:65536: bytes of a

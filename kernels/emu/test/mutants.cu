@@ -242,6 +242,21 @@ template <int SHARED, int GLOBAL> __global__ void strided(const float *x, float 
 	y[threadIdx.x] = s[threadIdx.x * SHARED];
 }
 
+// vectors does the same with 16 bytes a thread, PITCH vectors apart in shared memory; ASYNC: they come by cp.async.
+template <int PITCH, bool ASYNC> __global__ void vectors(const float *x, float *y) {
+	float4 *s = &gpu::smem<float4>() + threadIdx.x * PITCH;
+	const float4 *from = reinterpret_cast<const float4 *>(x) + threadIdx.x;
+	if (ASYNC) {
+		gpu::cp_async16(s, from);
+		gpu::cp_async_commit();
+		gpu::cp_async_wait<0>();
+	} else {
+		*s = *from;
+	}
+	__syncthreads();
+	reinterpret_cast<float4 *>(y)[threadIdx.x] = *s;
+}
+
 __global__ void add_one(float *y, int n) {
 	int i = blockIdx.x * blockDim.x + threadIdx.x;
 	if (i < n) y[i] += 1;
@@ -422,6 +437,15 @@ template <int SHARED, int GLOBAL> void run_strided(int shown) {
 	print("strided", shown, verdict(e, y, want, {dx, y}));
 }
 
+template <int PITCH, bool ASYNC> void run_vectors(int shown) {
+	std::vector<float> x;
+	for (int i = 0; i < 512; i++) x.push_back(draw());
+	float *dx = device(x), *y = device(std::vector<float>(512));
+	gpu::name_next_launch("vectors");
+	cudaError_t e = gpu::launch(vectors<PITCH, ASYNC>, dim3(1), dim3(128), 128 * PITCH * 16, nullptr, dx, y);
+	print("vectors", shown, verdict(e, y, x, {dx, y}));
+}
+
 template <int... BUG> void all_tiles(std::integer_sequence<int, BUG...>) { (run_tiles<BUG>(), ...); }
 template <int... BUG> void all_sums(std::integer_sequence<int, BUG...>) { (run_sums<BUG>(), ...); }
 template <int... BUG> void all_hopper(std::integer_sequence<int, BUG...>) { (run_hopper<BUG>(), ...); }
@@ -442,5 +466,6 @@ int main() {
 	run_counts<0>(), run_counts<1>();
 	for (int bug = 0; bug < 4; bug++) run_streams(bug);
 	run_strided<1, 1>(0), run_strided<8, 2>(1), run_strided<33, 9>(2);
+	run_vectors<1, false>(0), run_vectors<2, false>(1), run_vectors<2, true>(2);
 	return 0;
 }
