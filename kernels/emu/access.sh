@@ -28,6 +28,10 @@ elif [ -z "${REPORT:-}" ]; then
   part 90 1 'TestConformance/^(gemm|attention)$/^bf16$/(1x64_.*whole_tiles|^9x40x32|^8x64x64)' # the largest blocks
   part 80 4 'TestHeadLatency/^head_steps$/^bf16$/(^n=[1-5]_c=(1|4|16)_w=(32|48|64|128)_)'
   cd ..
+  # Every tile of Hopper's products, which the table's small shapes do not choose.
+  make --no-print-directory -s -C kernels/emu OUT="$PWD/bin" SAN=check "$PWD/bin/emu-check/gemm_sm90a_test"
+  MARGO_EMU_CC=90 MARGO_EMU_REPORT=$work/tiles bin/emu-check/gemm_sm90a_test small
+  grep '^gemm_sm90a' "$work/tiles" >>"$report"
 fi
 awk '
   { if (!($1 in launches)) names[++count] = $1
