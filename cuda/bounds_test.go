@@ -18,20 +18,11 @@ func TestIndexOutOfRange(t *testing.T) {
 	}
 	defer s.Close()
 	tensor := func(dt engine.DType, words []uint32, shape ...int) *engine.Tensor {
-		buf, err := d.Alloc(4 * len(words))
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { buf.Free() })
 		b := make([]byte, 0, 4*len(words))
 		for _, w := range words {
 			b = binary.LittleEndian.AppendUint32(b, w)
 		}
-		x := engine.NewTensor(buf, 0, dt, shape...)
-		if err := s.CopyIn(x, b); err != nil {
-			t.Fatal(err)
-		}
-		return x
+		return upload(t, d, s, dt, b, shape...)
 	}
 	zeros := func(rows, cols int) *engine.Tensor { return tensor(engine.F32, make([]uint32, rows*cols), rows, cols) }
 	bad := -1 // as a table entry: 2^32-1

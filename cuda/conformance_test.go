@@ -5,12 +5,28 @@ import (
 	"strings"
 	"testing"
 
+	"margo/engine"
 	"margo/engine/conformance"
 )
 
 // testDevice opens the device that the tests run on: the emulator, or what
 // MARGO_CUDA_TEST_DEVICE names ("cuda:0" on a machine with a GPU).
 func testDevice(t *testing.T) *Device { return openDevice(t, Options{Poison: true}) }
+
+// upload makes a tensor of b, for as long as the test runs.
+func upload(t *testing.T, d *Device, s engine.Stream, dt engine.DType, b []byte, shape ...int) *engine.Tensor {
+	t.Helper()
+	buf, err := d.Alloc(len(b))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { buf.Free() })
+	x := engine.NewTensor(buf, 0, dt, shape...)
+	if err := s.CopyIn(x, b); err != nil {
+		t.Fatal(err)
+	}
+	return x
+}
 
 func openDevice(t *testing.T, o Options) *Device {
 	t.Helper()

@@ -71,16 +71,7 @@ func runAttention(t *testing.T, dh int, causal, captured bool, env []string) ([]
 	}
 	defer s.Close()
 	tensor := func(dt engine.DType, b []byte, shape ...int) *engine.Tensor {
-		buf, err := d.Alloc(len(b))
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { buf.Free() })
-		x := engine.NewTensor(buf, 0, dt, shape...)
-		if err := s.CopyIn(x, b); err != nil {
-			t.Fatal(err)
-		}
-		return x
+		return upload(t, d, s, dt, b, shape...)
 	}
 	const heads = 2
 	qoff, koff := []int32{1, 14, 14, 147, 148}, []int32{2, 90, 95, 265, 268}

@@ -12,7 +12,12 @@ import (
 // tensorMap encodes a matrix of bf16 as margo_sm90.cuh's tensor_map_bf16 asks the driver to: boxes of 64 columns, swizzled by 128 bytes.
 func tensorMap(t testing.TB, at uint64, rows, cols, ld, boxRows int) []byte {
 	t.Helper()
-	b, err := TensorMap{Base: at, Elem: 2, Dims: []uint64{uint64(cols), uint64(rows)}, Strides: []uint64{uint64(2 * ld)}, Box: []int{64, boxRows}, Swizzle: 128}.Encode()
+	return encode(t, TensorMap{Base: at, Elem: 2, Dims: []uint64{uint64(cols), uint64(rows)}, Strides: []uint64{uint64(2 * ld)}, Box: []int{64, boxRows}, Swizzle: 128})
+}
+
+func encode(t testing.TB, m TensorMap) []byte {
+	t.Helper()
+	b, err := m.Encode()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -68,12 +73,8 @@ func gemmSm90Kernel(t testing.TB, m *Module, name string) {
 // headsMap encodes rows of heads of bf16 as margo_sm90.cuh's tensor_map_heads_bf16 asks the driver to: boxes of 64 rows and 64 or 16 columns.
 func headsMap(t testing.TB, at uint64, rows, heads, cols, ld, boxCols int) []byte {
 	t.Helper()
-	b, err := TensorMap{Base: at, Elem: 2, Dims: []uint64{uint64(cols), uint64(heads), uint64(rows)}, Strides: []uint64{uint64(2 * cols), uint64(2 * ld)},
-		Box: []int{boxCols, 1, 64}, Swizzle: 2 * boxCols}.Encode()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return b
+	return encode(t, TensorMap{Base: at, Elem: 2, Dims: []uint64{uint64(cols), uint64(heads), uint64(rows)}, Strides: []uint64{uint64(2 * cols), uint64(2 * ld)},
+		Box: []int{boxCols, 1, 64}, Swizzle: 2 * boxCols})
 }
 
 // attentionSm90Kernel runs a kernel of attention_sm90a.cu: two heads, of which sequences end within tiles of keys and within the queries of a

@@ -304,10 +304,7 @@ func checkTile(t *testing.T, swizzle, inner int, at [3]int, change func(string) 
 			}
 		}
 	}
-	m, err := TensorMap{Base: base, Elem: 2, Dims: []uint64{72, 5, 3}, Strides: []uint64{160, 800}, Box: box[:], Swizzle: swizzle}.Encode()
-	if err != nil {
-		t.Fatal(err)
-	}
+	m := encode(t, TensorMap{Base: base, Elem: 2, Dims: []uint64{72, 5, 3}, Strides: []uint64{160, 800}, Box: box[:], Swizzle: swizzle})
 	size := 2 * box[0] * box[1] * box[2]
 	out := mem.Alloc(size)
 	text := tmaText

@@ -39,15 +39,11 @@ type FP8Error struct {
 // predicts from the recorded inputs on o.Device in bf16. Without a trace only the
 // weights are looked at.
 func FP8(ctx context.Context, o Options) (*FP8Error, error) {
-	f, err := checkpoint.Open(o.Model, o.Open)
+	f, desc, err := o.openModel()
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
-	desc, err := checkpoint.Describe(f, o.MAR)
-	if err != nil {
-		return nil, err
-	}
 	if desc.Kind != checkpoint.KindMAR || desc.MAR.HeadKind() != checkpoint.DiffusionHead {
 		return nil, engine.Errorf("fp8", engine.Invalid, "%s has no diffusion head", o.Model)
 	}

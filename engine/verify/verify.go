@@ -72,6 +72,20 @@ func (v *verifier) add(s Stage) {
 	}
 }
 
+// openModel opens the model's file, which the caller closes, and says what it holds.
+func (o Options) openModel() (*checkpoint.File, *checkpoint.Model, error) {
+	f, err := checkpoint.Open(o.Model, o.Open)
+	if err != nil {
+		return nil, nil, err
+	}
+	desc, err := checkpoint.Describe(f, o.MAR)
+	if err != nil {
+		f.Close()
+		return nil, nil, err
+	}
+	return f, desc, nil
+}
+
 // Run replays the trace. The error is about files and devices; a stage that
 // misses its limit is in the result.
 func Run(ctx context.Context, o Options) (*Result, error) {
@@ -80,15 +94,11 @@ func Run(ctx context.Context, o Options) (*Result, error) {
 		return nil, err
 	}
 	defer t.Close()
-	f, err := checkpoint.Open(o.Model, o.Open)
+	f, desc, err := o.openModel()
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
-	desc, err := checkpoint.Describe(f, o.MAR)
-	if err != nil {
-		return nil, err
-	}
 	if want := kindOf(t.kind); desc.Kind != want && !(want == checkpoint.KindKL && desc.IsTokenizer()) {
 		return nil, engine.Errorf("verify", engine.Invalid, "the trace %s is of a %s, but %s holds a model of kind %q", o.Trace, t.kind, o.Model, desc.Kind)
 	}

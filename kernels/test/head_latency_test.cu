@@ -99,8 +99,7 @@ void test(margo_stream *st, int w, int depth, int tokens, int steps, bool fp8, b
 	a.cond = m.matrix(r, w, MARGO_F32, 1), a.time = m.matrix(steps, w, MARGO_F32, 1), a.guidance = m.matrix(1, tokens, MARGO_F32, 0.3f, 2);
 	std::vector<int32_t> ids;
 	for (int i = 0; i < tokens; i++) ids.push_back(i * 3), ids.push_back(i % 2);
-	a.ids = {m.raw(ids.size() * 4), tokens, 2, 2, MARGO_I32, 0};
-	must(cudaMemcpy(reinterpret_cast<void *>(a.ids.p), ids.data(), ids.size() * 4, cudaMemcpyHostToDevice), "copying in");
+	a.ids = {m.copy(ids.data(), ids.size() * 4), tokens, 2, 2, MARGO_I32, 0};
 	a.rng.seed = 7, a.rng.purpose = 2;
 	std::vector<margo_coef> coefs;
 	for (int i = 0; i < steps; i++) coefs.push_back({1.0 + 0.5 / steps, 1.0 / steps, -5, -4, i + 1 == steps, 0});
