@@ -94,7 +94,8 @@ static inline void mc_share(const struct mc_worker *w, int64_t n, int64_t grain,
 // ---- GEMM (gemm.inc.h) -----------------------------------------------------
 
 // Packed weight of [n, k]: panels of MC_NR rows of W, zero padded to MC_NR.
-// f32:  panel[kk][MC_NR] floats, kk = 0 … k-1
+// f32:  panel[j / S][kk][j % S] floats, kk = 0 … k-1: strips of S columns, as
+//       many as the micro-kernel of the instruction set takes (KN, kern.inc.h)
 // bf16: panel[kk/2][MC_NR] pairs, uint32 = W[j][kk] | W[j][kk+1] << 16, odd k
 //       padded with 0
 // Panels follow each other; each takes mc_panel_bytes.
@@ -145,37 +146,9 @@ struct mc_kernels {
 	const char *name; // "avx512-bf16", "avx2", "generic"
 	int blocked;      // GEMM cuts k into blocks
 
-	// Panel product: C[m, 32] (+)= A[m, k] · B, with B [k][32] at row stride ldb
-	// (MC_NR if packed). m >= 0 and k >= 0 are free; all 32 columns of B are
-	// read and of C written. add: C is added to, else overwritten (k = 0 then
-	// gives zeros). Each element is summed over k in order, whatever m is.
-	// Fastest when A's rows are not a multiple of 4096 bytes apart.
-	void (*mul_f32)(int64_t m, int64_t k, const float *a, int64_t lda, const float *b, int64_t ldb,
-	                float *c, int64_t ldc, int add);
-	// The same for bf16: B holds pairs, (k+1)/2 rows of 32 uint32 at row stride
-	// ldb (in pairs); with odd k the second half of the last pair is ignored (NaN
-	// or not), and A is not read beyond k.
-	// Sums are f32, pair after pair. Rows of A need no alignment.
-	void (*mul_bf16)(int64_t m, int64_t k, const mc_bf16 *a, int64_t lda, const uint32_t *b, int64_t ldb,
-	                 float *c, int64_t ldc, int add);
-
-	// One panel from n <= 32 rows of k elements (row stride ld), zero padded:
-	// dst[kk][j] = src[j][kk]. For W, and for K of Q·Kᵀ.
+	// One panel from n <= 32 rows of k elements (row stride ld), zero padded.
 	void (*pack_nk_f32)(float *dst, const void *src, int src_dtype, int64_t ld, int64_t n, int64_t k);
 	void (*pack_nk_bf16)(uint32_t *dst, const void *src, int src_dtype, int64_t ld, int64_t n, int64_t k);
-	// One panel from k rows of n <= 32 elements (row stride ld), zero padded:
-	// dst[kk][j] = src[kk][j]. For V of P·V. (f32 V can be used in place.)
-	void (*pack_kn_bf16)(uint32_t *dst, const void *src, int src_dtype, int64_t ld, int64_t n, int64_t k);
-
-	// Epilogue on m rows and n <= 32 columns of a tile t (row stride ldt floats;
-	// t is read in whole vectors up to column 32) whose first element is (r0, c0).
-	void (*epilogue)(const struct mc_epilogue *e, int64_t r0, int64_t c0, int64_t m, int64_t n,
-	                 const float *t, int64_t ldt);
-
-	// Conversions of n elements; bf16 rounds to nearest even, NaN stays NaN.
-	void (*to_bf16)(mc_bf16 *dst, const float *src, int64_t n);
-	void (*to_f32)(float *dst, const mc_bf16 *src, int64_t n);
-
 	// GEMM on one worker's share, called by mc_gemm_run.
 	void (*gemm)(struct mc_worker *w, const struct mc_gemm *g);
 	// Head loop, called by mc_head_run (head.h).

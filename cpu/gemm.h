@@ -6,18 +6,18 @@
 #include "core.h"
 
 #define MC_GEMM_ROWS 112        // most rows that pass a panel before the next
-#define MC_GEMM_KC 192          // k of a block, where k is cut ("Blocks of k", gemm.inc.h)
+#define MC_GEMM_PANELS 8        // panels that a block of A meets, where k is cut ("Blocks of k", kern.inc.h)
 #define MC_GEMM_AHEAD 8192      // bytes that a streamed panel is fetched ahead
 #define MC_GEMM_L2 (384 << 10)  // bytes of L2 that a group of rows of A may take, where k is not cut
-// Bytes of gemm_core's scratch: a tile of C with one vector of slack, a block of
-// A and a part of a block of B.
-#define MC_GEMM_TILE (MC_GEMM_ROWS * MC_NR * 4 + MC_LINE + (MC_GEMM_ROWS + MC_NR) * MC_GEMM_KC * 4)
+// Bytes of gemm_core's scratch: tiles of C with one vector of slack, and where k
+// is cut a block of A and a strip of a block of B, of 192 and at most 16 columns.
+#define MC_GEMM_TILE (MC_GEMM_PANELS * MC_GEMM_ROWS * MC_NR * 4 + MC_LINE + (MC_GEMM_ROWS + 16) * 192 * 4)
 
 // mc_gemm_copies tells whether m rows of A are first copied: to get the dtype
 // of the product, or because their distance would put them all in a few sets of L1.
-static inline int mc_gemm_copies(const struct mc_gemm *g, int64_t m, int dtype) {
+static inline int mc_gemm_copies(const struct mc_gemm *g, int64_t m) {
 	int64_t stride = g->ldx * (g->x_dtype == MC_F32 ? 4 : 2);
-	return g->x_dtype != dtype || g->x_dtype != g->w_dtype || (m > 4 && g->k > 64 && stride % 2048 == 0);
+	return g->x_dtype != g->w_dtype || (m > 4 && g->k > 64 && stride % 2048 == 0);
 }
 
 // mc_gemm_ldcopy is the row stride of the copy: an odd number of lines.
@@ -32,21 +32,24 @@ static inline int64_t mc_gemm_group(const struct mc_gemm *g, int blocked) {
 }
 
 static inline size_t mc_gemm_scratch(const struct mc_gemm *g, int blocked) {
-	int64_t rows = mc_min(g->m, mc_gemm_group(g, blocked));
-	int dtype = blocked ? MC_F32 : g->w_dtype;
-	size_t copy = (size_t)(rows * mc_gemm_ldcopy(g->k) * (dtype == MC_F32 ? 4 : 2));
-	return MC_GEMM_TILE + (mc_gemm_copies(g, rows, dtype) ? copy : 0);
+	// Where k is cut, only the few rows of one micro-kernel are copied whole.
+	int64_t rows = mc_min(g->m, blocked ? 14 : mc_gemm_group(g, blocked));
+	size_t copy = (size_t)(rows * mc_gemm_ldcopy(g->k) * (g->w_dtype == MC_F32 ? 4 : 2));
+	return MC_GEMM_TILE + (mc_gemm_copies(g, rows) ? copy : 0);
 }
 
 // mc_gemm_split cuts the rows into groups and the panels p0 … p1-1 into chunks;
-// each pair is a task, and tasks are enough for nt workers to end together.
+// each pair is a task, and tasks are enough for nt workers to end together; more of
+// them where k is cut and a block of A costs nothing to bring. by_chunks: all groups
+// meet a chunk of W before the next, if A is the smaller of the two.
 struct mc_gemm_plan {
 	int64_t groups, chunks, p0, p1;
+	int by_chunks;
 };
 static inline struct mc_gemm_plan mc_gemm_split(const struct mc_gemm *g, int nt, int blocked) {
-	struct mc_gemm_plan p = {mc_ceil(g->m, mc_gemm_group(g, blocked)), 1, g->n0 / MC_NR, mc_ceil(g->n0 + g->n, MC_NR)};
-	int64_t panels = p.p1 - p.p0;
-	if (nt > 1) p.chunks = mc_min(panels, mc_ceil(mc_ceil(8 * nt, p.groups), nt) * nt);
+	struct mc_gemm_plan p = {mc_ceil(g->m, mc_gemm_group(g, blocked)), 1, g->n0 / MC_NR, mc_ceil(g->n0 + g->n, MC_NR), blocked && g->m < g->n};
+	int64_t panels = p.p1 - p.p0, tasks = (blocked && g->x_dtype == MC_F32 && g->w_dtype == MC_F32 ? 16 : 8) * nt;
+	if (nt > 1) p.chunks = mc_min(panels, mc_ceil(mc_ceil(tasks, p.groups), nt) * nt);
 	if (panels < nt && p.groups < 4 * nt && g->m >= 8 * nt) // narrow: cut rows finer
 		p.groups = mc_min(4 * nt, mc_ceil(g->m, 14));
 	return p;

@@ -28,7 +28,7 @@ static void head_gemm(const struct head_part *p, const struct mc_matrix *w, int6
                       int64_t p1, const void *x, int64_t ldx, int64_t m, struct mc_epilogue e) {
 	e.bias = AT(w->bias, n0);
 	struct mc_gemm g = {m, n, w->k, n0, x, ldx, w->dtype, w->dtype, w->w, e};
-	if (m > 0 && p1 > p0) gemm_core(&g, x, w->dtype, ldx, 0, m, p0, p1, p->tile);
+	if (m > 0 && p1 > p0) gemm_core(&g, x, ldx, 0, m, p0, p1, p->tile);
 }
 
 static void *head_operand(const struct head_part *p, void *base, int64_t r, int dtype) {

@@ -7,6 +7,8 @@
 #include "ops.h"
 #include "simd.h"
 #include "vmath.inc.h"
+#include "kern.inc.h"
+#include "pack.inc.h"
 #include "gemm.inc.h"
 #include "ops.inc.h"
 #include "head.inc.h"
@@ -15,14 +17,8 @@
 const struct mc_kernels MC_KERNELS = {
 	.name = MC_ISA_NAME,
 	.blocked = GEMM_BLOCKED,
-	.mul_f32 = mul_f32,
-	.mul_bf16 = mul_bf16,
 	.pack_nk_f32 = pack_nk_f32,
 	.pack_nk_bf16 = pack_nk_bf16,
-	.pack_kn_bf16 = pack_kn_bf16,
-	.epilogue = epilogue,
-	.to_bf16 = to_bf16,
-	.to_f32 = to_f32,
 	.gemm = gemm,
 	.head = head,
 	.peak = peak,
