@@ -40,14 +40,13 @@ V_INLINE float att_softmax(const int dt, float *s, mc_bf16 *p, int64_t n, float 
 	return v_sum(s0 + s1);
 }
 
-// att_mul is the panel product of dtype dt; b is a panel from row kk on, with strip
-// for mul_f32.
+// att_mul is the panel product of dtype dt; b is a panel from row kk on.
 V_INLINE void att_mul(const int dt, int64_t m, int64_t k, const void *a, int64_t lda, const void *b, int64_t kk,
-                      int64_t ldb, int64_t strip, float *c, int64_t ldc, int add) {
+                      int64_t ldb, float *c, int64_t ldc, int add) {
 	if (dt == MC_BF16)
 		mul_bf16(m, k, a, lda, (const uint32_t *)b + kk / 2 * ldb, ldb, c, ldc, add);
 	else
-		mul_f32(m, k, a, lda, (const float *)b + kk * ldb, ldb, strip, c, ldc, add);
+		mul_f32(m, k, a, lda, (const float *)b + kk * ldb, ldb, c, ldc, add);
 }
 
 // struct att_seq is one head of one sequence.
@@ -56,7 +55,7 @@ struct att_seq {
 	char *o;
 	int64_t nq, nk, ldk, ldr; // strides of rows of k and of v
 	const void *vp[512 / MC_NR]; // panels of V
-	int64_t ldv, strip; // of those
+	int64_t ldv;
 };
 
 // att_pack_k packs n rows of K into a panel. In f32, and in bf16 with an even
@@ -68,8 +67,7 @@ V_INLINE void att_pack_k(const int dt, void *dst, const char *src, int64_t ld, i
 		return;
 	}
 	for (int64_t j = 0; j < MC_NR; j += VL)
-		transpose((float *)dst + (dt == MC_BF16 ? j : STRIP(j, dh)), dt == MC_BF16 ? MC_NR : KN, src + j * ld * es, ld * es, n - j,
-		          dh * es / 4);
+		transpose((float *)dst + j, MC_NR, src + j * ld * es, ld * es, n - j, dh * es / 4);
 }
 
 // att_pack packs K, and V too unless its rows can be used where they are, which
@@ -81,8 +79,7 @@ V_INLINE void att_pack(const int dt, const struct mc_attention *a, struct att_se
 		int64_t n = mc_min(MC_NR, h->nk - j);
 		att_pack_k(dt, k, h->k + j * h->ldk * es, h->ldk, n, dh);
 	}
-	h->ldv = in_place ? h->ldr : dt == MC_BF16 ? MC_NR : KN;
-	h->strip = in_place ? KN : h->nk * KN;
+	h->ldv = in_place ? h->ldr : MC_NR;
 	for (int64_t d = 0; d < dh; d += MC_NR, v += mc_panel_bytes(dt, h->nk)) {
 		const char *src = AT(h->v, d * es);
 		int64_t n = mc_min(MC_NR, dh - d);
@@ -94,7 +91,7 @@ V_INLINE void att_pack(const int dt, const struct mc_attention *a, struct att_se
 		}
 		for (int64_t i = 0; i < h->nk; i++)
 			for (int64_t j = 0; j < MC_NR; j += VL)
-				v_store((float *)v + STRIP(j, h->nk) + i * KN, v_load_n((const float *)src + i * h->ldr + j, n - j));
+				v_store((float *)v + i * MC_NR + j, v_load_n((const float *)src + i * h->ldr + j, n - j));
 	}
 }
 
@@ -112,7 +109,7 @@ V_INLINE void att_block(const int dt, const struct mc_attention *a, const struct
 		see[i] = a->causal ? mc_max(0, h->nk - h->nq + r0 + i + 1) : h->nk;
 	}
 	for (int64_t j = 0; j < see[m - 1]; j += MC_NR)
-		att_mul(dt, m, dh, q, l->ldq, scratch + l->k + j / MC_NR * mc_panel_bytes(dt, dh), 0, dt == MC_BF16 ? MC_NR : KN, dh * KN, s + j, l->lds, 0);
+		att_mul(dt, m, dh, q, l->ldq, scratch + l->k + j / MC_NR * mc_panel_bytes(dt, dh), 0, MC_NR, s + j, l->lds, 0);
 	for (int64_t i = 0; i < m; i++) {
 		float sum = att_softmax(dt, s + i * l->lds, (mc_bf16 *)p + i * ldp, see[i], a->scale);
 		inv[i] = 1 / sum;
@@ -122,10 +119,10 @@ V_INLINE void att_block(const int dt, const struct mc_attention *a, const struct
 	int64_t all = see[0] == see[m - 1] ? see[0] : see[0] / 2 * 2;
 	for (int64_t d = 0; d < dh; d += MC_NR) {
 		const void *v = h->vp[d / MC_NR];
-		att_mul(dt, m, all, p, ldp, v, 0, h->ldv, h->strip, t, MC_NR, 0);
+		att_mul(dt, m, all, p, ldp, v, 0, h->ldv, t, MC_NR, 0);
 		for (int64_t i = 0; i < m; i++) {
 			if (see[i] > all)
-				att_mul(dt, 1, see[i] - all, p + (i * ldp + all) * es, ldp, v, all, h->ldv, h->strip, t + i * MC_NR, MC_NR, 1);
+				att_mul(dt, 1, see[i] - all, p + (i * ldp + all) * es, ldp, v, all, h->ldv, t + i * MC_NR, MC_NR, 1);
 			char *o = h->o + ((r0 + i) * a->o.ld + d) * es;
 			vf c = v_set1(inv[i]);
 			for (int64_t j = 0, n = mc_min(MC_NR, dh - d); j < n; j += VL)

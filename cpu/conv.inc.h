@@ -51,7 +51,7 @@ V_INLINE void conv_product(const struct mc_conv *c, int64_t m, int64_t k, const 
 	if (c->w_dtype == MC_BF16)
 		mul_bf16(m, k, (const mc_bf16 *)a, lda, (const uint32_t *)panel + kk / 2 * MC_NR, MC_NR, tile, MC_NR, add);
 	else
-		mul_f32(m, k, (const float *)a, lda, (const float *)panel + kk * KN, KN, c->kernel * c->kernel * c->cin * KN, tile, MC_NR, add);
+		mul_f32(m, k, (const float *)a, lda, (const float *)panel + kk * MC_NR, MC_NR, tile, MC_NR, add);
 }
 
 // conv_run computes panel p of output pixels x … x+m-1 of row r of the band.

@@ -94,8 +94,7 @@ static inline void mc_share(const struct mc_worker *w, int64_t n, int64_t grain,
 // ---- GEMM (gemm.inc.h) -----------------------------------------------------
 
 // Packed weight of [n, k]: panels of MC_NR rows of W, zero padded to MC_NR.
-// f32:  panel[j / S][kk][j % S] floats, kk = 0 … k-1: strips of S columns, as
-//       many as the micro-kernel of the instruction set takes (KN, kern.inc.h)
+// f32:  panel[kk][MC_NR] floats, kk = 0 … k-1
 // bf16: panel[kk/2][MC_NR] pairs, uint32 = W[j][kk] | W[j][kk+1] << 16, odd k
 //       padded with 0
 // Panels follow each other; each takes mc_panel_bytes.

@@ -7,11 +7,12 @@
 
 #define MC_GEMM_ROWS 112        // most rows that pass a panel before the next
 #define MC_GEMM_PANELS 8        // panels that a block of A meets, where k is cut ("Blocks of k", kern.inc.h)
+#define MC_GEMM_KBLOCK 192      // k of a block of A and B there, at most
 #define MC_GEMM_AHEAD 8192      // bytes that a streamed panel is fetched ahead
 #define MC_GEMM_L2 (384 << 10)  // bytes of L2 that a group of rows of A may take, where k is not cut
 // Bytes of gemm_core's scratch: tiles of C with one vector of slack, and where k
-// is cut a block of A and a strip of a block of B, of 192 and at most 16 columns.
-#define MC_GEMM_TILE (MC_GEMM_PANELS * MC_GEMM_ROWS * MC_NR * 4 + MC_LINE + (MC_GEMM_ROWS + 16) * 192 * 4)
+// is cut a block of A and a block of B.
+#define MC_GEMM_TILE (MC_GEMM_PANELS * MC_GEMM_ROWS * MC_NR * 4 + MC_LINE + (MC_GEMM_ROWS + MC_NR) * MC_GEMM_KBLOCK * 4)
 
 // mc_gemm_copies tells whether m rows of A are first copied: to get the dtype
 // of the product, or because their distance would put them all in a few sets of L1.

@@ -60,8 +60,9 @@ V_INLINE void epi_fetch(const struct mc_epilogue *e, int64_t r0, int64_t c0, int
 #if defined(KBLOCK)
 enum { GEMM_BLOCKED = 1 };
 
-// epi_claim asks for lines of f32 or bf16 Y that an epilogue will write.
+// epi_claim is epi_fetch, and asks for the lines of Y that the epilogue will write.
 V_INLINE void epi_claim(const struct mc_epilogue *e, int64_t r0, int64_t c0, int64_t m) {
+	epi_fetch(e, r0, c0, m);
 	int64_t es = e->y_dtype == MC_F32 ? 4 : 2;
 	for (int64_t r = r0; r < r0 + m; r++)
 		for (int64_t b = 0; b < MC_NR * es; b += MC_LINE)
@@ -89,74 +90,34 @@ static const float *block_a(const struct mc_gemm *g, const char *x, int64_t *ld,
 	return ax;
 }
 
-// struct part is a strip of a block of B: columns j … j+KN-1 of panel p, rows k0
-// and on. As it lies it has so many lines, stride bytes apart.
-struct part {
-	int64_t p, k0, j;
-};
-
-static const char *part_at(const struct mc_gemm *g, struct part b) {
-	const char *panel = (const char *)g->w + b.p * mc_panel_bytes(g->w_dtype, g->k);
-	return panel + 4 * (g->w_dtype == MC_F32 ? STRIP(b.j, g->k) + b.k0 * KN : b.k0 / 2 * MC_NR + b.j);
-}
-
-// part_next is the part after b in the order of gemm_blocks, for panels q0 … q1-1,
-// and then the first of panel q1.
-static struct part part_next(const struct mc_gemm *g, struct part b, int64_t q0, int64_t q1) {
-	if ((b.j += KN) < MC_NR) return b;
-	b.j = 0;
-	if (++b.p < q1) return b;
-	if ((b.k0 += KBLOCK) < g->k) b.p = q0;
-	else b.k0 = 0;
-	return b;
-}
-
-// part_wide brings k rows of a part into bx [k][KN] in f32. There is no instruction
-// for bf16 products; v_dot gives the same bits, for pairs are summed in order.
-static void part_wide(const uint32_t *b, int64_t k, float *bx) {
-	vi hi = v_set1i((int32_t)0xffff0000u);
-	for (int64_t i = 0; i < k; i += 2, b += MC_NR)
-		UNROLL for (int j = 0; j < KN; j += VL) {
-			vi u = v_loadi(b + j);
-			v_store(bx + i * KN + j, v_float(v_shl(u, 16)));
-			v_store(bx + (i + 1) * KN + j, v_float(v_and(u, hi)));
-		}
-}
-
-// gemm_blocks is gemm_core for m > KMR rows, in blocks of k. A block of A stays in
-// L2 while MC_GEMM_PANELS panels pass; their tiles of C do too. x has the dtype g says.
+// gemm_blocks is gemm_core for more rows, in blocks of k. A block of A stays in L2
+// while MC_GEMM_PANELS panels pass; so do their tiles of C. x has the dtype g says.
 static void gemm_blocks(const struct mc_gemm *g, const char *x, int64_t ldx, int64_t r0, int64_t m, int64_t p0,
                         int64_t p1, float *tiles) {
-	int64_t blocks = mc_ceil(m, KMR), f32 = g->w_dtype == MC_F32;
+	int64_t panel = mc_panel_bytes(g->w_dtype, g->k), row = MC_NR * (g->w_dtype == MC_F32 ? 4 : 2); // bytes
 	float *ax = tiles + MC_GEMM_PANELS * MC_GEMM_ROWS * MC_NR, *bx = ax + MC_GEMM_ROWS * KBLOCK;
+	int64_t block = m > 32 ? KBLOCK : KBLOCK / 2; // few rows leave little time to fetch what follows
 	for (int64_t q0 = p0, q1; q0 < p1; q0 = q1) {
 		q1 = mc_min(q0 + MC_GEMM_PANELS, p1);
-		const float *a = NULL;
-		int64_t lda = 0, kn = 0;
-		for (struct part b = {q0, 0, 0}, next; b.p < q1; b = next) {
-			next = part_next(g, b, q0, q1);
-			if (b.p == q0 && b.j == 0) {
-				kn = mc_min(KBLOCK, g->k - b.k0);
-				lda = ldx;
-				a = block_a(g, x, &lda, m, b.k0, kn, ax);
-			}
-			const float *bf = (const float *)part_at(g, b);
-			const char *fetch = part_at(g, next.p < p1 ? next : b);
-			int64_t lines = f32 ? kn : (kn + 1) / 2, stride = f32 ? KN * 4 : MC_NR * 4;
-			if (!f32) part_wide((const uint32_t *)bf, kn, bx), bf = bx;
-			float *c = tiles + (b.p - q0) * m * MC_NR;
-			int64_t c0 = mc_max(b.p * MC_NR, g->n0), c1 = mc_min((b.p + 1) * MC_NR, g->n0 + g->n);
-			int last = b.k0 + kn == g->k;
-			for (int64_t i = 0; i < blocks; i++) {
-				int64_t lo = m * i / blocks, hi = m * (i + 1) / blocks;
-				for (int64_t l = lines * i / blocks; l < lines * (i + 1) / blocks; l++) __builtin_prefetch(fetch + l * stride);
-				if (last && b.j == 0) {
-					epi_fetch(&g->epi, r0 + lo, c0 - g->n0, hi - lo);
-					epi_claim(&g->epi, r0 + lo, c0 - g->n0, hi - lo);
+		for (int64_t k0 = 0, kn; k0 < g->k; k0 += kn) {
+			kn = mc_min(block, g->k - k0);
+			int64_t lda = ldx, last = k0 + kn == g->k;
+			const float *a = block_a(g, x, &lda, m, k0, kn, ax);
+			for (int64_t p = q0; p < q1; p++) {
+				const char *w = g->w, *b = w + p * panel + k0 * row;
+				// What comes after this block; blocks are even, so that pairs stay whole.
+				const char *next = p + 1 < q1 ? b + panel : !last ? w + q0 * panel + (k0 + kn) * row : q1 < p1 ? w + q1 * panel : NULL;
+				const float *bf = (const float *)b;
+				float *c = tiles + (p - q0) * m * MC_NR;
+				int64_t c0 = mc_max(p * MC_NR, g->n0), n = mc_min((p + 1) * MC_NR, g->n0 + g->n) - c0;
+				if (g->w_dtype == MC_BF16) {
+					widen_pairs((const uint32_t *)b, kn, bx);
+					bf = bx;
 				}
-				kern_strip[hi - lo](kn, a + lo * lda, lda, bf, c + lo * MC_NR + b.j, MC_NR, b.k0 > 0);
+				if (last) epi_claim(&g->epi, r0, c0 - g->n0, m);
+				block_f32(m, kn, a, lda, bf, c, MC_NR, k0 > 0, next, next ? kn * row : 0);
+				if (last) epilogue(&g->epi, r0, c0 - g->n0, m, n, c + c0 - p * MC_NR, MC_NR);
 			}
-			if (last && b.j + KN == MC_NR) epilogue(&g->epi, r0, c0 - g->n0, m, c1 - c0, c + c0 - b.p * MC_NR, MC_NR);
 		}
 	}
 }
@@ -166,7 +127,7 @@ enum { GEMM_BLOCKED = 0 };
 #endif
 
 // gemm_cut tells whether a product of m rows of A goes by blocks of k.
-static int gemm_cut(const struct mc_gemm *g, int64_t m) { return GEMM_BLOCKED && m > KMR && g->k > 0; }
+static int gemm_cut(const struct mc_gemm *g, int64_t m) { return GEMM_BLOCKED && m > KROWS(g->w_dtype) && g->k > 0; }
 
 // gemm_core multiplies m rows of x by panels p0 … p1-1 of g; they are rows r0 … r0+m-1
 // of Y. x has the dtype of W, or any if gemm_cut. tile has MC_GEMM_TILE bytes.
@@ -182,19 +143,17 @@ static void gemm_core(const struct mc_gemm *g, const void *x, int64_t ldx, int64
 		return;
 	}
 #endif
-	int f32 = g->w_dtype == MC_F32;
 	int64_t blocks = mc_ceil(m, KMR), panel = mc_panel_bytes(g->w_dtype, g->k);
-	// With one block of rows B streams through, and is fetched some way ahead. With
-	// more, it streams with the first and comes from L2 for the others; so each
-	// pass fetches its part of the next panel.
-	int64_t passes = blocks * (MC_NR / KN_OF(mc_ceil(m, blocks)));
-	int stream = passes == 1 || (blocks == 1 && f32);
+	// In one pass B streams through, and is fetched some way ahead. In more, it
+	// streams with the first and comes from L2 for the others; so each fetches its
+	// part of the next panel.
+	int64_t passes = blocks * (MC_NR / KN);
 	int64_t part = panel / passes / MC_LINE * MC_LINE, step = 2 * MC_LINE / passes;
 	int plain = g->epi.y_dtype == MC_F32 && g->epi.act == MC_NONE && !g->epi.gate && !g->epi.res;
 	for (int64_t p = p0; p < p1; p++) {
-		const char *b = (const char *)g->w + p * panel, *pf = p + 1 < p1 ? b + panel : b;
+		const char *b = (const char *)g->w + p * panel, *pf = passes == 1 ? b + MC_GEMM_AHEAD : p + 1 < p1 ? b + panel : b;
 		int64_t c0 = mc_max(p * MC_NR, g->n0), c1 = mc_min((p + 1) * MC_NR, g->n0 + g->n);
-		int64_t pfs = stream ? (f32 ? KN : MC_NR) * 4 : p + 1 == p1 ? 0 : step;
+		int64_t pfs = passes > 1 && p + 1 == p1 ? 0 : step;
 		// A whole panel that needs no more than its bias goes straight to Y.
 		int direct = plain && c1 - c0 == MC_NR;
 		for (int64_t i = 0; i < blocks; i++) {
@@ -203,16 +162,14 @@ static void gemm_core(const struct mc_gemm *g, const void *x, int64_t ldx, int64
 			float *c = direct ? (float *)g->epi.y + (r0 + lo) * g->epi.ldy + c0 - g->n0 : tile;
 			int64_t ldc = direct ? g->epi.ldy : MC_NR;
 			const float *bias = direct ? AT(g->epi.bias, c0 - g->n0) : NULL;
-			for (int64_t j = 0; j < MC_NR; j += KN_OF(hi - lo)) {
-				const char *bj = b + 4 * (f32 ? STRIP(j, g->k) : j);
-				if (stream) pf = bj + MC_GEMM_AHEAD;
-				if (f32)
-					kern_f32_table[hi - lo](g->k, (const float *)x + lo * ldx, ldx, (const float *)bj, KN, KN * g->k,
-					                        c + j, ldc, 0, AT(bias, j), pf, pfs);
+			for (int64_t j = 0; j < MC_NR; j += KN) {
+				if (g->w_dtype == MC_F32)
+					kern_f32_table[hi - lo](g->k, (const float *)x + lo * ldx, ldx, (const float *)b + j,
+					                        MC_NR, c + j, ldc, 0, AT(bias, j), pf, pfs);
 				else
-					kern_bf16_table[hi - lo](g->k, (const mc_bf16 *)x + lo * ldx, ldx, (const uint32_t *)bj, MC_NR,
-					                         c + j, ldc, 0, AT(bias, j), pf, pfs);
-				if (!stream && pfs) pf += part;
+					kern_bf16_table[hi - lo](g->k, (const mc_bf16 *)x + lo * ldx, ldx,
+					                         (const uint32_t *)b + j, MC_NR, c + j, ldc, 0, AT(bias, j), pf, pfs);
+				if (pfs) pf += part;
 			}
 			if (!direct) epilogue(&g->epi, r0 + lo, c0 - g->n0, hi - lo, c1 - c0, tile + c0 - p * MC_NR, MC_NR);
 		}

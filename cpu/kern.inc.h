@@ -1,7 +1,7 @@
 // kern.inc.h: micro-kernels, and products of some rows with one packed panel.
 //
-// A micro-kernel multiplies up to KMR rows of A with KNV_OF(rows) vectors of
-// columns of one packed panel, all accumulators in registers, k in order, one
+// A micro-kernel multiplies up to KMR rows of A with KNV vectors of columns
+// of one packed panel, all accumulators in registers, k in order, one
 // multiply-add per element and step. So an element's value depends on its row
 // and column only, never on tile shape, thread count or batch.
 
@@ -9,11 +9,10 @@
 #define KMR 14 // 28 accumulators + 2 of B + 1 of A = 31 registers
 #define KNV 2
 #elif defined(MC_ISA_AVX2)
-#define KMR 6 // 12 + 2 + 1
-#define KNV 2
-#define KWIDE 2 // 8 + 4 + 1
-#define KUN 4
-#define KBLOCK 192 // see "Blocks of k"
+#define KMR 3 // 12 + 1 + 3
+#define KNV 4
+#define KUN 8
+#define KBLOCK MC_GEMM_KBLOCK // see "Blocks of k"
 #elif defined(__aarch64__)
 #define KMR 8 // 16 + 2 + 1 of 32
 #define KNV 2
@@ -22,19 +21,7 @@
 #define KNV 2
 #endif
 
-// A packed f32 panel lies in strips of KN columns, [MC_NR / KN][k][KN]: what a
-// micro-kernel reads is then in order and fills whole lines and all sets of L1.
-#define KN (KNV * VL)
-// STRIP is column j of a panel of k rows, j a multiple of VL.
-#define STRIP(j, k) ((j) / KN * (k) * KN + (j) % KN)
-
-// Up to KWIDE rows take a whole panel in one call: they are bound by reading B,
-// which then streams by once.
-#ifndef KWIDE
-#define KWIDE 0
-#endif
-#define KNV_OF(mr) ((mr) <= KWIDE ? MC_NR / VL : KNV)
-#define KN_OF(mr) (KNV_OF(mr) * VL)
+#define KN (KNV * VL) // columns of one micro-kernel call; MC_NR / KN calls make a panel
 
 // Steps of k in one round of the f32 loop.
 #ifndef KUN
@@ -51,11 +38,10 @@
 #define A_ROW(i) (ar[(i) / 3] + (i) % 3 * lda)
 
 #define KERN_BEGIN(atype)                                                                         \
-	const int nv = KNV_OF(mr);                                                                \
-	vf acc[KMR][MC_NR / VL];                                                                   \
+	vf acc[KMR][KNV];                                                                          \
 	const atype *ar[KBASES];                                                                  \
 	UNROLL for (int i = 0; i < mr; i++) {                                                     \
-		UNROLL for (int j = 0; j < nv; j++) acc[i][j] = add ? v_load(c + i * ldc + j * VL) : v_zero(); \
+		UNROLL for (int j = 0; j < KNV; j++) acc[i][j] = add ? v_load(c + i * ldc + j * VL) : v_zero(); \
 	}                                                                                         \
 	UNROLL for (int i = 0; i < (mr + 2) / 3; i++) {                                           \
 		ar[i] = a + 3 * i * lda;                                                          \
@@ -64,71 +50,78 @@
 
 #define KERN_END                                                                                  \
 	if (bias) {                                                                               \
-		UNROLL for (int j = 0; j < nv; j++) {                                            \
+		UNROLL for (int j = 0; j < KNV; j++) {                                            \
 			vf bj = v_load(bias + j * VL);                                            \
 			UNROLL for (int i = 0; i < mr; i++) acc[i][j] = acc[i][j] + bj;           \
 		}                                                                                 \
 	}                                                                                         \
 	UNROLL for (int i = 0; i < mr; i++) {                                                     \
-		UNROLL for (int j = 0; j < nv; j++) v_store(c + i * ldc + j * VL, acc[i][j]);    \
+		UNROLL for (int j = 0; j < KNV; j++) v_store(c + i * ldc + j * VL, acc[i][j]);    \
 	}
 
-// Each step fetches ahead a line at pf, and one that lies second bytes after it
-// unless that is 0. The caller places them: on the same panel when B streams from
-// memory, else on a part of the next panel. NULL, a constant where it matters: none.
-#define KERN_PREFETCH(steps, second)                                                              \
+// Meanwhile lines from pf on are fetched, about pfs bytes of them a step. The caller
+// places pf: on the same panel when B streams from memory, else on a part of the
+// next panel. NULL, a constant where it matters: none.
+#define KERN_PREFETCH                                                                             \
 	if (pf) {                                                                                 \
-		UNROLL for (int u = 0; u < (steps); u++) {                                        \
-			__builtin_prefetch(pf + u * pfs);                                         \
-			if (second) __builtin_prefetch(pf + u * pfs + (second));                  \
-		}                                                                                 \
-		pf += (steps) * pfs;                                                              \
+		__builtin_prefetch(pf);                                                           \
+		__builtin_prefetch(pf + MC_LINE);                                                 \
+		pf += pfs;                                                                        \
 	}
 
-// row_fma adds x·b to nv accumulators of one row.
-V_INLINE void row_fma(const int nv, vf *acc, const float *x, const vf *b) {
 #if defined(MC_ISA_AVX2)
-	// The compiler would move accumulators from register to register between
-	// steps, and read b a second time as an operand. Both cost issue slots, of
-	// which another thread on the same core may take half: 20 instructions for 12
-	// multiply-adds leave no more than that.
-	if (nv == 2) {
+// kern_step is one step of mr rows. Another thread on the same core may take every
+// second issue slot, and then 20 instructions for 12 multiply-adds are as many as
+// there are slots for. The compiler would add to them by moving accumulators between
+// registers, or spill the 16th; so loads and multiply-adds are bound together.
+V_INLINE void kern_step(const int mr, vf (*acc)[KNV], const float *const *x, const int u, const float *b) {
+	vf x0 = v_set1(x[0][u]), x1 = mr > 1 ? v_set1(x[1][u]) : x0, x2 = mr > 2 ? v_set1(x[2][u]) : x0;
+	UNROLL for (int j = 0; j < KNV; j++) {
 		vf t;
-		__asm__("vbroadcastss %3, %2\n\tvfmadd231ps %4, %2, %0\n\tvfmadd231ps %5, %2, %1"
-		        : "+x"(acc[0]), "+x"(acc[1]), "=&x"(t) : "m"(*x), "x"(b[0]), "x"(b[1]));
-		return;
+		if (mr == 3)
+			__asm__("vmovups %4, %3\n\tvfmadd231ps %3, %5, %0\n\tvfmadd231ps %3, %6, %1\n\tvfmadd231ps %3, %7, %2"
+			        : "+x"(acc[0][j]), "+x"(acc[1][j]), "+x"(acc[2][j]), "=&x"(t)
+			        : "m"(*(const vf_u *)(b + j * VL)), "x"(x0), "x"(x1), "x"(x2));
+		else if (mr == 2)
+			__asm__("vmovups %3, %2\n\tvfmadd231ps %2, %4, %0\n\tvfmadd231ps %2, %5, %1"
+			        : "+x"(acc[0][j]), "+x"(acc[1][j]), "=&x"(t)
+			        : "m"(*(const vf_u *)(b + j * VL)), "x"(x0), "x"(x1));
+		else
+			acc[0][j] = v_fma(x0, v_load(b + j * VL), acc[0][j]);
 	}
-#endif
-	vf t = v_set1(*x);
-	UNROLL for (int j = 0; j < nv; j++) acc[j] = v_fma(t, b[j], acc[j]);
 }
+#endif
 
-// kern_f32 multiplies mr rows of A with nv vectors of columns. B has row stride
-// ldb; a second strip, of the widest kernels, begins strip floats after the first.
-V_INLINE void kern_f32(const int mr, int64_t k, const float *a, int64_t lda, const float *b, int64_t ldb,
-                       int64_t strip, float *c, int64_t ldc, int add, const float *bias, const char *pf, int64_t pfs) {
+V_INLINE void kern_f32(const int mr, int64_t k, const float *a, int64_t lda, const float *b, int64_t ldb, float *c,
+                       int64_t ldc, int add, const float *bias, const char *pf, int64_t pfs) {
 	KERN_BEGIN(float)
-	const int64_t second = nv > KNV ? strip * 4 : KN * 4 > MC_LINE ? MC_LINE : 0;
-#define KERN_STEP(u)                                                                              \
-	{                                                                                         \
-		vf bv[MC_NR / VL];                                                                \
-		UNROLL for (int j = 0; j < nv; j++) bv[j] = v_load(b + j / KNV * strip + (u) * ldb + j % KNV * VL); \
-		UNROLL for (int i = 0; i < mr; i++) row_fma(nv, acc[i], A_ROW(i) + kk + (u), bv);     \
-	}
 	int64_t kk = 0;
 #if KUN > 1
+	const float *x[3] = {a, a + lda, a + 2 * lda};
+	UNROLL for (int i = 0; i < 3; i++) __asm__("" : "+r"(x[i])); // or it would keep many more addresses
 	for (; kk + KUN <= k; kk += KUN) {
-		KERN_PREFETCH(KUN, second)
-		UNROLL for (int u = 0; u < KUN; u++) KERN_STEP(u)
+		if (pf)
+			for (const char *end = pf + KUN * pfs; pf < end; pf += MC_LINE) __builtin_prefetch(pf);
+		UNROLL for (int u = 0; u < KUN; u++) kern_step(mr, acc, x, u, b + u * ldb);
+		UNROLL for (int i = 0; i < mr; i++) x[i] += KUN;
 		b += KUN * ldb;
 	}
-#endif
+	for (; kk < k; kk++, b += ldb) {
+		kern_step(mr, acc, x, 0, b);
+		UNROLL for (int i = 0; i < mr; i++) x[i]++;
+	}
+#else
 	for (; kk < k; kk++) {
-		KERN_PREFETCH(1, second)
-		KERN_STEP(0)
+		vf bv[KNV];
+		UNROLL for (int j = 0; j < KNV; j++) bv[j] = v_load(b + j * VL);
+		KERN_PREFETCH
+		UNROLL for (int i = 0; i < mr; i++) {
+			vf x = v_set1(A_ROW(i)[kk]);
+			UNROLL for (int j = 0; j < KNV; j++) acc[i][j] = v_fma(x, bv[j], acc[i][j]);
+		}
 		b += ldb;
 	}
-#undef KERN_STEP
+#endif
 	KERN_END
 }
 
@@ -137,19 +130,19 @@ V_INLINE void kern_bf16(const int mr, int64_t k, const mc_bf16 *a, int64_t lda, 
 	KERN_BEGIN(mc_bf16)
 	int64_t kk = 0;
 	for (; kk + 1 < k; kk += 2) {
-		vi bv[MC_NR / VL];
-		UNROLL for (int j = 0; j < nv; j++) bv[j] = v_loadi(b + j * VL);
-		KERN_PREFETCH(1, MC_LINE)
+		vi bv[KNV];
+		UNROLL for (int j = 0; j < KNV; j++) bv[j] = v_loadi(b + j * VL);
+		KERN_PREFETCH
 		UNROLL for (int i = 0; i < mr; i++) {
 			vi x = v_set1_pair(A_ROW(i) + kk);
-			UNROLL for (int j = 0; j < nv; j++) acc[i][j] = v_dot(acc[i][j], x, bv[j]);
+			UNROLL for (int j = 0; j < KNV; j++) acc[i][j] = v_dot(acc[i][j], x, bv[j]);
 		}
 		b += ldb;
 	}
 	if (kk < k) {
 		UNROLL for (int i = 0; i < mr; i++) {
 			vi x = v_set1i(A_ROW(i)[kk]);
-			UNROLL for (int j = 0; j < nv; j++)
+			UNROLL for (int j = 0; j < KNV; j++)
 				acc[i][j] = v_dot(acc[i][j], x, v_and(v_loadi(b + j * VL), v_set1i(0xffff)));
 		}
 	}
@@ -157,21 +150,24 @@ V_INLINE void kern_bf16(const int mr, int64_t k, const mc_bf16 *a, int64_t lda, 
 }
 
 #define KERN_OF(mr)                                                                               \
-	static void kern_f32_##mr(int64_t k, const float *a, int64_t lda, const float *b, int64_t ldb, int64_t strip, \
-	                          float *c, int64_t ldc, int add, const float *bias, const char *pf, int64_t pfs) {  \
-		kern_f32(mr, k, a, lda, b, ldb, strip, c, ldc, add, bias, pf, pfs);                     \
+	static void kern_f32_##mr(int64_t k, const float *a, int64_t lda, const float *b, int64_t ldb, float *c, \
+	                          int64_t ldc, int add, const float *bias, const char *pf, int64_t pfs) {  \
+		if (KUN > 1 && ldb == MC_NR)                                                          \
+			kern_f32(mr, k, a, lda, b, MC_NR, c, ldc, add, bias, pf, pfs);                \
+		else                                                                              \
+			kern_f32(mr, k, a, lda, b, ldb, c, ldc, add, bias, pf, pfs);                  \
 	}                                                                                         \
 	static void kern_bf16_##mr(int64_t k, const mc_bf16 *a, int64_t lda, const uint32_t *b, int64_t ldb, float *c, \
 	                           int64_t ldc, int add, const float *bias, const char *pf, int64_t pfs) {           \
 		kern_bf16(mr, k, a, lda, b, ldb, c, ldc, add, bias, pf, pfs);                           \
 	}
 
-KERN_OF(1) KERN_OF(2) KERN_OF(3) KERN_OF(4)
-#if KMR > 4
-KERN_OF(5) KERN_OF(6)
+KERN_OF(1) KERN_OF(2) KERN_OF(3)
+#if KMR > 3
+KERN_OF(4)
 #endif
-#if KMR > 6
-KERN_OF(7) KERN_OF(8)
+#if KMR > 4
+KERN_OF(5) KERN_OF(6) KERN_OF(7) KERN_OF(8)
 #endif
 #if KMR > 8
 KERN_OF(9) KERN_OF(10) KERN_OF(11) KERN_OF(12) KERN_OF(13) KERN_OF(14)
@@ -182,13 +178,13 @@ KERN_OF(9) KERN_OF(10) KERN_OF(11) KERN_OF(12) KERN_OF(13) KERN_OF(14)
 	kern_##d##_8, kern_##d##_9, kern_##d##_10, kern_##d##_11, kern_##d##_12, kern_##d##_13, kern_##d##_14}
 #elif KMR == 8
 #define KERN_TABLE(d) {0, kern_##d##_1, kern_##d##_2, kern_##d##_3, kern_##d##_4, kern_##d##_5, kern_##d##_6, kern_##d##_7, kern_##d##_8}
-#elif KMR == 6
-#define KERN_TABLE(d) {0, kern_##d##_1, kern_##d##_2, kern_##d##_3, kern_##d##_4, kern_##d##_5, kern_##d##_6}
-#else
+#elif KMR == 4
 #define KERN_TABLE(d) {0, kern_##d##_1, kern_##d##_2, kern_##d##_3, kern_##d##_4}
+#else
+#define KERN_TABLE(d) {0, kern_##d##_1, kern_##d##_2, kern_##d##_3}
 #endif
-typedef void (*kern_f32_fn)(int64_t k, const float *a, int64_t lda, const float *b, int64_t ldb, int64_t strip,
-                            float *c, int64_t ldc, int add, const float *bias, const char *pf, int64_t pfs);
+typedef void (*kern_f32_fn)(int64_t k, const float *a, int64_t lda, const float *b, int64_t ldb, float *c,
+                            int64_t ldc, int add, const float *bias, const char *pf, int64_t pfs);
 typedef void (*kern_bf16_fn)(int64_t k, const mc_bf16 *a, int64_t lda, const uint32_t *b, int64_t ldb, float *c,
                              int64_t ldc, int add, const float *bias, const char *pf, int64_t pfs);
 static const kern_f32_fn kern_f32_table[KMR + 1] = KERN_TABLE(f32);
@@ -196,48 +192,59 @@ static const kern_bf16_fn kern_bf16_table[KMR + 1] = KERN_TABLE(bf16);
 
 // ---- Blocks of k ---------------------------------------------------------------
 //
-// Without AVX-512 a panel passes the micro-kernel strip by strip, once for each
-// block of rows: too much of it for L1, and with k of thousands for L2. There k
-// is cut into blocks, and all rows pass before the next: a strip of a block of B
-// stays in L1, and C is the accumulators' memory between blocks, which changes
-// no bit.
+// Without AVX-512 a panel passes the micro-kernel once for each of many small
+// blocks of rows, and is too much for L1. There k is cut into blocks of KBLOCK, and
+// all rows pass before the next: a block of B stays in L1, and C is the accumulators'
+// memory between blocks, which changes no bit.
+
+// KROWS is the most rows for which k is not cut. With a few more in bf16, widening a
+// block of B would cost as much as the product.
+#define KROWS(dtype) ((dtype) == MC_BF16 ? 2 * KMR : KMR)
+
 #if defined(KBLOCK)
-
-#define KERN_STRIP_OF(mr)                                                                         \
-	static void kern_strip_##mr(int64_t k, const float *a, int64_t lda, const float *b, float *c, int64_t ldc, int add) { \
-		kern_f32(mr, k, a, lda, b, KN, 0, c, ldc, add, NULL, NULL, 0);                        \
+// block_f32 multiplies m rows with k <= KBLOCK rows of a panel, and fetches bytes at
+// next meanwhile.
+static void block_f32(int64_t m, int64_t k, const float *a, int64_t lda, const float *b, float *c, int64_t ldc, int add,
+                      const char *next, int64_t bytes) {
+	int64_t blocks = mc_ceil(m, KMR), pfs = mc_ceil(bytes, blocks * k * 8) * 8;
+	for (int64_t i = 0; i < blocks; i++) {
+		int64_t lo = m * i / blocks, hi = m * (i + 1) / blocks, at = i * k * pfs;
+		kern_f32_table[hi - lo](k, a + lo * lda, lda, b, MC_NR, c + lo * ldc, ldc, add, NULL, at < bytes ? next + at : NULL, pfs);
 	}
-typedef void (*kern_strip_fn)(int64_t k, const float *a, int64_t lda, const float *b, float *c, int64_t ldc, int add);
-KERN_STRIP_OF(3) KERN_STRIP_OF(4) KERN_STRIP_OF(5) KERN_STRIP_OF(6)
-static const kern_strip_fn kern_strip[KMR + 1] = {0, 0, 0, kern_strip_3, kern_strip_4, kern_strip_5, kern_strip_6};
+}
 
+// widen_pairs brings k rows of a bf16 panel into bx [k][MC_NR] in f32. There is no
+// instruction for bf16 products; v_dot gives the same bits, for pairs are summed in order.
+static void widen_pairs(const uint32_t *b, int64_t k, float *bx) {
+	vi hi = v_set1i((int32_t)0xffff0000u);
+	for (int64_t i = 0; i < k; i += 2, b += MC_NR)
+		UNROLL for (int j = 0; j < MC_NR; j += VL) {
+			vi u = v_loadi(b + j);
+			v_store(bx + i * MC_NR + j, v_float(v_shl(u, 16)));
+			v_store(bx + (i + 1) * MC_NR + j, v_float(v_and(u, hi)));
+		}
+}
 #endif
 
-// mul_f32 is C[m, 32] (+)= A[m, k] · B. Column j of B lies at j / KN · strip +
-// j % KN and on, at row stride ldb: KN and k·KN for a packed panel, the row stride
-// and KN for B in place. m >= 0 and k >= 0 are free; all 32 columns of B are read
-// and of C written. add: C is added to, else overwritten (k = 0 then gives zeros).
-// Fastest when A's rows are not a multiple of 4096 bytes apart.
-static void mul_f32(int64_t m, int64_t k, const float *a, int64_t lda, const float *b, int64_t ldb, int64_t strip,
-                    float *c, int64_t ldc, int add) {
-	int64_t blocks = mc_ceil(m, KMR);
+// mul_f32 is C[m, 32] (+)= A[m, k] · B, with B [k][32] at row stride ldb (MC_NR if
+// packed). m >= 0 and k >= 0 are free; all 32 columns of B are read and of C written.
+// add: C is added to, else overwritten (k = 0 then gives zeros). Each element is summed
+// over k in order, whatever m is. Fastest when A's rows are not a multiple of 4096
+// bytes apart.
+static void mul_f32(int64_t m, int64_t k, const float *a, int64_t lda, const float *b, int64_t ldb, float *c,
+                    int64_t ldc, int add) {
 #if defined(KBLOCK)
-	if (m > KMR && ldb == KN && k > 0) {
+	if (m > KROWS(MC_F32) && ldb == MC_NR && k > 0) {
 		for (int64_t k0 = 0; k0 < k; k0 += KBLOCK)
-			for (int64_t j = 0; j < MC_NR; j += KN)
-				for (int64_t i = 0; i < blocks; i++) {
-					int64_t lo = m * i / blocks, hi = m * (i + 1) / blocks;
-					kern_strip[hi - lo](mc_min(KBLOCK, k - k0), a + lo * lda + k0, lda, b + j / KN * strip + k0 * KN,
-					                    c + lo * ldc + j, ldc, add || k0 > 0);
-				}
+			block_f32(m, mc_min(KBLOCK, k - k0), a + k0, lda, b + k0 * MC_NR, c, ldc, add || k0 > 0, NULL, 0);
 		return;
 	}
 #endif
+	int64_t blocks = mc_ceil(m, KMR);
 	for (int64_t i = 0; i < blocks; i++) {
 		int64_t lo = m * i / blocks, hi = m * (i + 1) / blocks;
-		for (int64_t j = 0; j < MC_NR; j += KN_OF(hi - lo))
-			kern_f32_table[hi - lo](k, a + lo * lda, lda, b + j / KN * strip, ldb, strip, c + lo * ldc + j, ldc, add,
-			                        NULL, (const char *)b, 0);
+		for (int64_t j = 0; j < MC_NR; j += KN)
+			kern_f32_table[hi - lo](k, a + lo * lda, lda, b + j, ldb, c + lo * ldc + j, ldc, add, NULL, NULL, 0);
 	}
 }
 
@@ -248,10 +255,24 @@ static void mul_f32(int64_t m, int64_t k, const float *a, int64_t lda, const flo
 static void mul_bf16(int64_t m, int64_t k, const mc_bf16 *a, int64_t lda, const uint32_t *b, int64_t ldb, float *c,
                      int64_t ldc, int add) {
 	int64_t blocks = mc_ceil(m, KMR);
+#if defined(KBLOCK)
+	if (m > KROWS(MC_BF16) && ldb == MC_NR) {
+		float bx[KBLOCK * MC_NR], ax[KMR * KBLOCK];
+		for (int64_t k0 = 0; k0 < k; k0 += KBLOCK) {
+			int64_t kn = mc_min(KBLOCK, k - k0);
+			widen_pairs(b + k0 / 2 * MC_NR, kn, bx);
+			for (int64_t i = 0; i < blocks; i++) {
+				int64_t lo = m * i / blocks, hi = m * (i + 1) / blocks;
+				for (int64_t r = lo; r < hi; r++) to_f32(ax + (r - lo) * KBLOCK, a + r * lda + k0, kn);
+				kern_f32_table[hi - lo](kn, ax, KBLOCK, bx, MC_NR, c + lo * ldc, ldc, add || k0 > 0, NULL, NULL, 0);
+			}
+		}
+		if (k > 0) return;
+	}
+#endif
 	for (int64_t i = 0; i < blocks; i++) {
 		int64_t lo = m * i / blocks, hi = m * (i + 1) / blocks;
-		for (int64_t j = 0; j < MC_NR; j += KN_OF(hi - lo))
-			kern_bf16_table[hi - lo](k, a + lo * lda, lda, b + j, ldb, c + lo * ldc + j, ldc, add,
-			                         NULL, (const char *)b, 0);
+		for (int64_t j = 0; j < MC_NR; j += KN)
+			kern_bf16_table[hi - lo](k, a + lo * lda, lda, b + j, ldb, c + lo * ldc + j, ldc, add, NULL, NULL, 0);
 	}
 }

@@ -35,7 +35,7 @@ static void pack_nk_f32(float *dst, const void *src, int src_dtype, int64_t ld, 
 		int64_t kn = mc_min(PACK_K, k - k0);
 		pack_rows(f, src, src_dtype, ld, n, k0, kn);
 		for (int64_t kk = 0; kk < kn; kk++)
-			for (int64_t j = 0; j < MC_NR; j++) dst[STRIP(j, k) + (k0 + kk) * KN] = f[j][kk];
+			for (int64_t j = 0; j < MC_NR; j++) dst[(k0 + kk) * MC_NR + j] = f[j][kk];
 	}
 }
 

@@ -64,6 +64,7 @@ V_INLINE vf v_loadb_n(const mc_bf16 *p, int64_t n) { return v_float(v_widen16(_m
 #include <immintrin.h>
 #define VL 8
 typedef float vf __attribute__((vector_size(32)));
+typedef float vf_u __attribute__((vector_size(32), aligned(4), may_alias)); // in memory
 typedef __m256i vi;
 typedef __m256 vm;
 
