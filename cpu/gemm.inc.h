@@ -1,34 +1,34 @@
 // gemm.inc.h: epilogue and the GEMM loop.
 
 // One vector of the epilogue, n elements of it (all: the whole vector).
-V_INLINE void epi_vec(const int act, const int all, const float *t, const float *bias, const float *gate,
-                      const float *res, float *yf, mc_bf16 *yb, int64_t n) {
+V_INLINE void epi_vec(const int act, const int all, const int f32, const float *t, const float *bias,
+                      const float *gate, const float *res, void *y, int64_t n) {
 	vf v = all ? v_load(t) : v_load_n(t, n);
 	if (bias) v = v + (all ? v_load(bias) : v_load_n(bias, n));
 	v = v_act(act, v);
 	if (gate) v = v * (all ? v_load(gate) : v_load_n(gate, n));
 	if (res) v = v + (all ? v_load(res) : v_load_n(res, n));
-	if (yf) {
-		if (all) v_store(yf, v);
-		else v_store_n(yf, v, n);
+	if (f32) {
+		if (all) v_store(y, v);
+		else v_store_n(y, v, n);
 	} else {
-		if (all) v_storeb(yb, v);
-		else v_storeb_n(yb, v, n);
+		if (all) v_storeb(y, v);
+		else v_storeb_n(y, v, n);
 	}
 }
 
-V_INLINE void epi_tile(const int act, const struct mc_epilogue *e, int64_t r0, int64_t c0, int64_t m, int64_t n,
-                       const float *t, int64_t ldt) {
+V_INLINE void epi_tile(const int act, const int gated, const int f32, const struct mc_epilogue *e, int64_t r0,
+                       int64_t c0, int64_t m, int64_t n, const float *t, int64_t ldt) {
 	const float *bias = AT(e->bias, c0);
 	for (int64_t i = 0; i < m; i++, t += ldt) {
 		int64_t r = r0 + i, j = 0, g = e->gate_rows > 1 ? r / e->gate_rows : r;
-		const float *gate = AT(e->gate, g * e->ldg + c0);
-		const float *res = AT(e->res, r * e->ldr + c0);
-		float *yf = e->y_dtype == MC_F32 ? (float *)e->y + r * e->ldy + c0 : 0;
-		mc_bf16 *yb = e->y_dtype == MC_F32 ? 0 : (mc_bf16 *)e->y + r * e->ldy + c0;
+		const float *gate = gated ? AT(e->gate, g * e->ldg + c0) : NULL;
+		const float *res = gated ? AT(e->res, r * e->ldr + c0) : NULL;
+		const int64_t es = f32 ? 4 : 2;
+		char *y = (char *)e->y + (r * e->ldy + c0) * es;
 		for (; j + VL <= n; j += VL)
-			epi_vec(act, 1, t + j, AT(bias, j), AT(gate, j), AT(res, j), AT(yf, j), AT(yb, j), VL);
-		if (j < n) epi_vec(act, 0, t + j, AT(bias, j), AT(gate, j), AT(res, j), AT(yf, j), AT(yb, j), n - j);
+			epi_vec(act, 1, f32, t + j, AT(bias, j), AT(gate, j), AT(res, j), y + j * es, VL);
+		if (j < n) epi_vec(act, 0, f32, t + j, AT(bias, j), AT(gate, j), AT(res, j), y + j * es, n - j);
 	}
 }
 
@@ -36,12 +36,27 @@ V_INLINE void epi_tile(const int act, const struct mc_epilogue *e, int64_t r0, i
 // is read in whole vectors up to column 32) whose first element is (r0, c0).
 static void epilogue(const struct mc_epilogue *e, int64_t r0, int64_t c0, int64_t m, int64_t n, const float *t,
                      int64_t ldt) {
-	switch (e->act) {
-	case MC_GELU_ERF: epi_tile(MC_GELU_ERF, e, r0, c0, m, n, t, ldt); break;
-	case MC_GELU_TANH: epi_tile(MC_GELU_TANH, e, r0, c0, m, n, t, ldt); break;
-	case MC_SILU: epi_tile(MC_SILU, e, r0, c0, m, n, t, ldt); break;
-	default: epi_tile(MC_NONE, e, r0, c0, m, n, t, ldt);
+	// One loop for each combination, without tests inside.
+#define EPI_TILE(act)                                                                             \
+	switch ((e->gate || e->res ? 2 : 0) + (e->y_dtype == MC_F32)) {                           \
+	case 0: epi_tile(act, 0, 0, e, r0, c0, m, n, t, ldt); break;                             \
+	case 1: epi_tile(act, 0, 1, e, r0, c0, m, n, t, ldt); break;                             \
+	case 2: epi_tile(act, 1, 0, e, r0, c0, m, n, t, ldt); break;                             \
+	default: epi_tile(act, 1, 1, e, r0, c0, m, n, t, ldt);                                    \
 	}
+	switch (e->act) {
+	case MC_GELU_ERF: EPI_TILE(MC_GELU_ERF) break;
+	case MC_GELU_TANH: EPI_TILE(MC_GELU_TANH) break;
+	case MC_SILU: EPI_TILE(MC_SILU) break;
+	default: EPI_TILE(MC_NONE)
+	}
+#undef EPI_TILE
+}
+
+// epi_direct tells whether n columns need no more than their bias, and can go
+// straight to Y as a whole panel.
+V_INLINE int epi_direct(const struct mc_epilogue *e, int64_t n) {
+	return n == MC_NR && e->y_dtype == MC_F32 && e->act == MC_NONE && !e->gate && !e->res;
 }
 
 // epi_fetch asks for what the epilogue of a tile will read, while the tile is
@@ -114,8 +129,13 @@ static void gemm_blocks(const struct mc_gemm *g, const char *x, int64_t ldx, int
 					widen_pairs((const uint32_t *)b, kn, bx);
 					bf = bx;
 				}
+				if (kn == g->k && epi_direct(&g->epi, n)) {
+					float *y = (float *)g->epi.y + r0 * g->epi.ldy + c0 - g->n0;
+					block_f32(m, kn, a, lda, bf, y, g->epi.ldy, 0, AT(g->epi.bias, c0 - g->n0), next, next ? kn * row : 0);
+					continue;
+				}
 				if (last) epi_claim(&g->epi, r0, c0 - g->n0, m);
-				block_f32(m, kn, a, lda, bf, c, MC_NR, k0 > 0, next, next ? kn * row : 0);
+				block_f32(m, kn, a, lda, bf, c, MC_NR, k0 > 0, NULL, next, next ? kn * row : 0);
 				if (last) epilogue(&g->epi, r0, c0 - g->n0, m, n, c + c0 - p * MC_NR, MC_NR);
 			}
 		}
@@ -149,13 +169,11 @@ static void gemm_core(const struct mc_gemm *g, const void *x, int64_t ldx, int64
 	// part of the next panel.
 	int64_t passes = blocks * (MC_NR / KN);
 	int64_t part = panel / passes / MC_LINE * MC_LINE, step = 2 * MC_LINE / passes;
-	int plain = g->epi.y_dtype == MC_F32 && g->epi.act == MC_NONE && !g->epi.gate && !g->epi.res;
 	for (int64_t p = p0; p < p1; p++) {
 		const char *b = (const char *)g->w + p * panel, *pf = passes == 1 ? b + MC_GEMM_AHEAD : p + 1 < p1 ? b + panel : b;
 		int64_t c0 = mc_max(p * MC_NR, g->n0), c1 = mc_min((p + 1) * MC_NR, g->n0 + g->n);
 		int64_t pfs = passes > 1 && p + 1 == p1 ? 0 : step;
-		// A whole panel that needs no more than its bias goes straight to Y.
-		int direct = plain && c1 - c0 == MC_NR;
+		int direct = epi_direct(&g->epi, c1 - c0);
 		for (int64_t i = 0; i < blocks; i++) {
 			int64_t lo = m * i / blocks, hi = m * (i + 1) / blocks;
 			epi_fetch(&g->epi, r0 + lo, c0 - g->n0, hi - lo);

@@ -202,14 +202,14 @@ static const kern_bf16_fn kern_bf16_table[KMR + 1] = KERN_TABLE(bf16);
 #define KROWS(dtype) ((dtype) == MC_BF16 ? 2 * KMR : KMR)
 
 #if defined(KBLOCK)
-// block_f32 multiplies m rows with k <= KBLOCK rows of a panel, and fetches bytes at
-// next meanwhile.
+// block_f32 multiplies m rows with k <= KBLOCK rows of a panel, adds bias if any, and
+// fetches bytes at next meanwhile.
 static void block_f32(int64_t m, int64_t k, const float *a, int64_t lda, const float *b, float *c, int64_t ldc, int add,
-                      const char *next, int64_t bytes) {
+                      const float *bias, const char *next, int64_t bytes) {
 	int64_t blocks = mc_ceil(m, KMR), pfs = mc_ceil(bytes, blocks * k * 8) * 8;
 	for (int64_t i = 0; i < blocks; i++) {
 		int64_t lo = m * i / blocks, hi = m * (i + 1) / blocks, at = i * k * pfs;
-		kern_f32_table[hi - lo](k, a + lo * lda, lda, b, MC_NR, c + lo * ldc, ldc, add, NULL, at < bytes ? next + at : NULL, pfs);
+		kern_f32_table[hi - lo](k, a + lo * lda, lda, b, MC_NR, c + lo * ldc, ldc, add, bias, at < bytes ? next + at : NULL, pfs);
 	}
 }
 
@@ -236,7 +236,7 @@ static void mul_f32(int64_t m, int64_t k, const float *a, int64_t lda, const flo
 #if defined(KBLOCK)
 	if (m > KROWS(MC_F32) && ldb == MC_NR && k > 0) {
 		for (int64_t k0 = 0; k0 < k; k0 += KBLOCK)
-			block_f32(m, mc_min(KBLOCK, k - k0), a + k0, lda, b + k0 * MC_NR, c, ldc, add || k0 > 0, NULL, 0);
+			block_f32(m, mc_min(KBLOCK, k - k0), a + k0, lda, b + k0 * MC_NR, c, ldc, add || k0 > 0, NULL, NULL, 0);
 		return;
 	}
 #endif
