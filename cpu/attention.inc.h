@@ -1,4 +1,4 @@
-// attention.inc.h: softmax(Q·Kᵀ·scale)·V on the panel products of gemm.inc.h.
+// attention.inc.h: softmax(Q·Kᵀ·scale)·V on the panel products of kern.inc.h.
 //
 // A worker packs K and V of one sequence and head, and then passes over the
 // queries in blocks of MC_ATT_ROWS: scores S = Q·Kᵀ for all keys (so the maximum
