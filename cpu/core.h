@@ -148,6 +148,7 @@ struct mc_kernels {
 	// One panel from n <= 32 rows of k elements (row stride ld), zero padded.
 	void (*pack_nk_f32)(float *dst, const void *src, int src_dtype, int64_t ld, int64_t n, int64_t k);
 	void (*pack_nk_bf16)(uint32_t *dst, const void *src, int src_dtype, int64_t ld, int64_t n, int64_t k);
+
 	// GEMM on one worker's share, called by mc_gemm_run.
 	void (*gemm)(struct mc_worker *w, const struct mc_gemm *g);
 	// Head loop, called by mc_head_run (head.h).

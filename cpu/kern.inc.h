@@ -256,7 +256,7 @@ static void mul_bf16(int64_t m, int64_t k, const mc_bf16 *a, int64_t lda, const 
                      int64_t ldc, int add) {
 	int64_t blocks = mc_ceil(m, KMR);
 #if defined(KBLOCK)
-	if (m > KROWS(MC_BF16) && ldb == MC_NR) {
+	if (m > KROWS(MC_BF16) && ldb == MC_NR && k > 0) {
 		float bx[KBLOCK * MC_NR], ax[KMR * KBLOCK];
 		for (int64_t k0 = 0; k0 < k; k0 += KBLOCK) {
 			int64_t kn = mc_min(KBLOCK, k - k0);
@@ -267,7 +267,7 @@ static void mul_bf16(int64_t m, int64_t k, const mc_bf16 *a, int64_t lda, const 
 				kern_f32_table[hi - lo](kn, ax, KBLOCK, bx, MC_NR, c + lo * ldc, ldc, add || k0 > 0, NULL, NULL, 0);
 			}
 		}
-		if (k > 0) return;
+		return;
 	}
 #endif
 	for (int64_t i = 0; i < blocks; i++) {

@@ -1,5 +1,5 @@
 // ops.inc.h: included by isa.inc.h once per instruction set, after simd.h,
-// vmath.inc.h and kern.inc.h. Everything in it is static.
+// vmath.inc.h, pack.inc.h, kern.inc.h and gemm.inc.h. Everything in it is static.
 #include "attention.h"
 #include "conv.h"
 
