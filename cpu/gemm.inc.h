@@ -170,7 +170,8 @@ static void gemm_core(const struct mc_gemm *g, const void *x, int64_t ldx, int64
 	int64_t passes = blocks * (MC_NR / KN);
 	int64_t part = panel / passes / MC_LINE * MC_LINE, step = 2 * MC_LINE / passes;
 	for (int64_t p = p0; p < p1; p++) {
-		const char *b = (const char *)g->w + p * panel, *pf = passes == 1 ? b + MC_GEMM_AHEAD : p + 1 < p1 ? b + panel : b;
+		const char *b = (const char *)g->w + p * panel, *end = (const char *)g->w + p1 * panel;
+		const char *pf = passes == 1 ? b + MC_GEMM_AHEAD : p + 1 < p1 ? b + panel : b;
 		int64_t c0 = mc_max(p * MC_NR, g->n0), c1 = mc_min((p + 1) * MC_NR, g->n0 + g->n);
 		int64_t pfs = passes > 1 && p + 1 == p1 ? 0 : step;
 		int direct = epi_direct(&g->epi, c1 - c0);
@@ -182,11 +183,11 @@ static void gemm_core(const struct mc_gemm *g, const void *x, int64_t ldx, int64
 			const float *bias = direct ? AT(g->epi.bias, c0 - g->n0) : NULL;
 			for (int64_t j = 0; j < MC_NR; j += KN) {
 				if (g->w_dtype == MC_F32)
-					kern_f32_table[hi - lo](g->k, (const float *)x + lo * ldx, ldx, (const float *)b + j,
-					                        MC_NR, c + j, ldc, 0, AT(bias, j), pf, pfs);
+					kern_f32_table[hi - lo](1, g->k, (const float *)x + lo * ldx, ldx, (const float *)b + j,
+					                        MC_NR, c + j, ldc, 0, AT(bias, j), pf, end, pfs);
 				else
-					kern_bf16_table[hi - lo](g->k, (const mc_bf16 *)x + lo * ldx, ldx,
-					                         (const uint32_t *)b + j, MC_NR, c + j, ldc, 0, AT(bias, j), pf, pfs);
+					kern_bf16_table[hi - lo](1, g->k, (const mc_bf16 *)x + lo * ldx, ldx,
+					                         (const uint32_t *)b + j, MC_NR, c + j, ldc, 0, AT(bias, j), pf, end, pfs);
 				if (pfs) pf += part;
 			}
 			if (!direct) epilogue(&g->epi, r0 + lo, c0 - g->n0, hi - lo, c1 - c0, tile + c0 - p * MC_NR, MC_NR);

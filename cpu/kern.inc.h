@@ -40,8 +40,11 @@
 #define KERN_BEGIN(atype)                                                                         \
 	vf acc[KMR][KNV];                                                                          \
 	const atype *ar[KBASES];                                                                  \
-	UNROLL for (int i = 0; i < mr; i++) {                                                     \
-		UNROLL for (int j = 0; j < KNV; j++) acc[i][j] = add ? v_load(c + i * ldc + j * VL) : v_zero(); \
+	if (add) {                                                                                \
+		UNROLL for (int i = 0; i < mr; i++)                                               \
+			UNROLL for (int j = 0; j < KNV; j++) acc[i][j] = v_load(c + i * ldc + j * VL); \
+	} else {                                                                                  \
+		UNROLL for (int i = 0; i < mr; i++) UNROLL for (int j = 0; j < KNV; j++) acc[i][j] = v_zero(); \
 	}                                                                                         \
 	UNROLL for (int i = 0; i < (mr + 2) / 3; i++) {                                           \
 		ar[i] = a + 3 * i * lda;                                                          \
@@ -59,11 +62,16 @@
 		UNROLL for (int j = 0; j < KNV; j++) v_store(c + i * ldc + j * VL, acc[i][j]);    \
 	}
 
-// Meanwhile lines from pf on are fetched, about pfs bytes of them a step. The caller
-// places pf: on the same panel when B streams from memory, else on a part of the
-// next panel. NULL, a constant where it matters: none.
+// What micro-kernels take: n blocks of mr rows one after the other; see mul_f32 for the
+// rest. Meanwhile lines from pf on are fetched, about pfs bytes of them a step, in blocks
+// that begin with pf before end. The caller places pf: on the same panel when B streams
+// from memory, else on a part of what follows. NULL: none.
+#define KERN_ARGS(atype, btype)                                                                   \
+	int64_t n, int64_t k, const atype *a, int64_t lda, const btype *b, int64_t ldb, float *c, int64_t ldc, int add, \
+	    const float *bias, const char *pf, const char *end, int64_t pfs
+
 #define KERN_PREFETCH                                                                             \
-	if (pf) {                                                                                 \
+	if (fetch) {                                                                              \
 		__builtin_prefetch(pf);                                                           \
 		__builtin_prefetch(pf + MC_LINE);                                                 \
 		pf += pfs;                                                                        \
@@ -92,74 +100,87 @@ V_INLINE void kern_step(const int mr, vf (*acc)[KNV], const float *const *x, con
 }
 #endif
 
-V_INLINE void kern_f32(const int mr, int64_t k, const float *a, int64_t lda, const float *b, int64_t ldb, float *c,
-                       int64_t ldc, int add, const float *bias, const char *pf, int64_t pfs) {
-	KERN_BEGIN(float)
-	int64_t kk = 0;
 #if KUN > 1
-	const float *x[3] = {a, a + lda, a + 2 * lda};
-	UNROLL for (int i = 0; i < 3; i++) __asm__("" : "+r"(x[i])); // or it would keep many more addresses
-	for (; kk + KUN <= k; kk += KUN) {
-		if (pf)
-			for (const char *end = pf + KUN * pfs; pf < end; pf += MC_LINE) __builtin_prefetch(pf);
+// kern_rounds is KUN steps a round of mr rows at x, with lines lines fetched in each.
+V_INLINE void kern_rounds(const int mr, int64_t k, vf (*acc)[KNV], const float **x, const float *b, int64_t ldb,
+                          const char *pf, const int64_t lines) {
+	for (; k >= KUN; k -= KUN, b += KUN * ldb) {
+		for (const char *end = pf + lines * MC_LINE; pf < end; pf += MC_LINE) __builtin_prefetch(pf);
 		UNROLL for (int u = 0; u < KUN; u++) kern_step(mr, acc, x, u, b + u * ldb);
 		UNROLL for (int i = 0; i < mr; i++) x[i] += KUN;
-		b += KUN * ldb;
 	}
-	for (; kk < k; kk++, b += ldb) {
+	_Pragma("GCC unroll 1") for (; k > 0; k--, b += ldb) {
 		kern_step(mr, acc, x, 0, b);
 		UNROLL for (int i = 0; i < mr; i++) x[i]++;
 	}
-#else
-	for (; kk < k; kk++) {
-		vf bv[KNV];
-		UNROLL for (int j = 0; j < KNV; j++) bv[j] = v_load(b + j * VL);
-		KERN_PREFETCH
-		UNROLL for (int i = 0; i < mr; i++) {
-			vf x = v_set1(A_ROW(i)[kk]);
-			UNROLL for (int j = 0; j < KNV; j++) acc[i][j] = v_fma(x, bv[j], acc[i][j]);
-		}
-		b += ldb;
-	}
+}
 #endif
-	KERN_END
+
+V_INLINE void kern_f32(const int mr, KERN_ARGS(float, float)) {
+	for (; n > 0; n--, a += mr * lda, c += mr * ldc) {
+		const int fetch = pf < end;
+		KERN_BEGIN(float)
+#if KUN > 1
+		const float *x[3] = {a, a + lda, a + 2 * lda};
+		UNROLL for (int i = 0; i < 3; i++) __asm__("" : "+r"(x[i])); // or it would keep many more addresses
+		int64_t lines = pfs * KUN / MC_LINE;
+		if (fetch && lines > 0) {
+			kern_rounds(mr, k, acc, x, b, ldb, pf, lines);
+			pf += k / KUN * lines * MC_LINE;
+		} else {
+			kern_rounds(mr, k, acc, x, b, ldb, NULL, 0);
+		}
+#else
+		const float *bk = b;
+		for (int64_t kk = 0; kk < k; kk++, bk += ldb) {
+			vf bv[KNV];
+			UNROLL for (int j = 0; j < KNV; j++) bv[j] = v_load(bk + j * VL);
+			KERN_PREFETCH
+			UNROLL for (int i = 0; i < mr; i++) {
+				vf x = v_set1(A_ROW(i)[kk]);
+				UNROLL for (int j = 0; j < KNV; j++) acc[i][j] = v_fma(x, bv[j], acc[i][j]);
+			}
+		}
+#endif
+		KERN_END
+	}
 }
 
-V_INLINE void kern_bf16(const int mr, int64_t k, const mc_bf16 *a, int64_t lda, const uint32_t *b, int64_t ldb,
-                        float *c, int64_t ldc, int add, const float *bias, const char *pf, int64_t pfs) {
-	KERN_BEGIN(mc_bf16)
-	int64_t kk = 0;
-	for (; kk + 1 < k; kk += 2) {
-		vi bv[KNV];
-		UNROLL for (int j = 0; j < KNV; j++) bv[j] = v_loadi(b + j * VL);
-		KERN_PREFETCH
-		UNROLL for (int i = 0; i < mr; i++) {
-			vi x = v_set1_pair(A_ROW(i) + kk);
-			UNROLL for (int j = 0; j < KNV; j++) acc[i][j] = v_dot(acc[i][j], x, bv[j]);
+V_INLINE void kern_bf16(const int mr, KERN_ARGS(mc_bf16, uint32_t)) {
+	for (; n > 0; n--, a += mr * lda, c += mr * ldc) {
+		const int fetch = pf < end;
+		KERN_BEGIN(mc_bf16)
+		int64_t kk = 0;
+		const uint32_t *bk = b;
+		for (; kk + 1 < k; kk += 2, bk += ldb) {
+			vi bv[KNV];
+			UNROLL for (int j = 0; j < KNV; j++) bv[j] = v_loadi(bk + j * VL);
+			KERN_PREFETCH
+			UNROLL for (int i = 0; i < mr; i++) {
+				vi x = v_set1_pair(A_ROW(i) + kk);
+				UNROLL for (int j = 0; j < KNV; j++) acc[i][j] = v_dot(acc[i][j], x, bv[j]);
+			}
 		}
-		b += ldb;
-	}
-	if (kk < k) {
-		UNROLL for (int i = 0; i < mr; i++) {
-			vi x = v_set1i(A_ROW(i)[kk]);
-			UNROLL for (int j = 0; j < KNV; j++)
-				acc[i][j] = v_dot(acc[i][j], x, v_and(v_loadi(b + j * VL), v_set1i(0xffff)));
+		if (kk < k) {
+			UNROLL for (int i = 0; i < mr; i++) {
+				vi x = v_set1i(A_ROW(i)[kk]);
+				UNROLL for (int j = 0; j < KNV; j++)
+					acc[i][j] = v_dot(acc[i][j], x, v_and(v_loadi(bk + j * VL), v_set1i(0xffff)));
+			}
 		}
+		KERN_END
 	}
-	KERN_END
 }
 
 #define KERN_OF(mr)                                                                               \
-	static void kern_f32_##mr(int64_t k, const float *a, int64_t lda, const float *b, int64_t ldb, float *c, \
-	                          int64_t ldc, int add, const float *bias, const char *pf, int64_t pfs) {  \
-		if (KUN > 1 && ldb == MC_NR)                                                          \
-			kern_f32(mr, k, a, lda, b, MC_NR, c, ldc, add, bias, pf, pfs);                \
+	static void kern_f32_##mr(KERN_ARGS(float, float)) {                                      \
+		if (KUN > 1 && ldb == MC_NR)                                                      \
+			kern_f32(mr, n, k, a, lda, b, MC_NR, c, ldc, add, bias, pf, end, pfs);    \
 		else                                                                              \
-			kern_f32(mr, k, a, lda, b, ldb, c, ldc, add, bias, pf, pfs);                  \
+			kern_f32(mr, n, k, a, lda, b, ldb, c, ldc, add, bias, pf, end, pfs);      \
 	}                                                                                         \
-	static void kern_bf16_##mr(int64_t k, const mc_bf16 *a, int64_t lda, const uint32_t *b, int64_t ldb, float *c, \
-	                           int64_t ldc, int add, const float *bias, const char *pf, int64_t pfs) {           \
-		kern_bf16(mr, k, a, lda, b, ldb, c, ldc, add, bias, pf, pfs);                           \
+	static void kern_bf16_##mr(KERN_ARGS(mc_bf16, uint32_t)) {                                \
+		kern_bf16(mr, n, k, a, lda, b, ldb, c, ldc, add, bias, pf, end, pfs);             \
 	}
 
 KERN_OF(1) KERN_OF(2) KERN_OF(3)
@@ -183,12 +204,26 @@ KERN_OF(9) KERN_OF(10) KERN_OF(11) KERN_OF(12) KERN_OF(13) KERN_OF(14)
 #else
 #define KERN_TABLE(d) {0, kern_##d##_1, kern_##d##_2, kern_##d##_3}
 #endif
-typedef void (*kern_f32_fn)(int64_t k, const float *a, int64_t lda, const float *b, int64_t ldb, float *c,
-                            int64_t ldc, int add, const float *bias, const char *pf, int64_t pfs);
-typedef void (*kern_bf16_fn)(int64_t k, const mc_bf16 *a, int64_t lda, const uint32_t *b, int64_t ldb, float *c,
-                             int64_t ldc, int add, const float *bias, const char *pf, int64_t pfs);
+typedef void (*kern_f32_fn)(KERN_ARGS(float, float));
+typedef void (*kern_bf16_fn)(KERN_ARGS(mc_bf16, uint32_t));
 static const kern_f32_fn kern_f32_table[KMR + 1] = KERN_TABLE(f32);
 static const kern_bf16_fn kern_bf16_table[KMR + 1] = KERN_TABLE(bf16);
+
+// rows_f32 and rows_bf16 multiply n rows with a whole panel, in even blocks of rows: high
+// ones of low + 1 rows, then the others.
+#define ROWS_OF(d, atype, btype)                                                                  \
+	static void rows_##d(KERN_ARGS(atype, btype)) {                                           \
+		int64_t blocks = mc_ceil(n, KMR), low = n / mc_max(blocks, 1), high = n - blocks * low, cut = high * (low + 1); \
+		for (int64_t j = 0; j < MC_NR; j += KN) {                                         \
+			const float *bj = AT(bias, j);                                            \
+			if (high) kern_##d##_table[low + 1](high, k, a, lda, b + j, ldb, c + j, ldc, add, bj, pf, end, pfs); \
+			if (blocks > high)                                                        \
+				kern_##d##_table[low](blocks - high, k, a + cut * lda, lda, b + j, ldb, c + cut * ldc + j, ldc, add, bj, \
+				                      AT(pf, high * k * pfs), end, pfs);          \
+		}                                                                                 \
+	}
+ROWS_OF(f32, float, float)
+ROWS_OF(bf16, mc_bf16, uint32_t)
 
 // ---- Blocks of k ---------------------------------------------------------------
 //
@@ -206,11 +241,9 @@ static const kern_bf16_fn kern_bf16_table[KMR + 1] = KERN_TABLE(bf16);
 // fetches bytes at next meanwhile.
 static void block_f32(int64_t m, int64_t k, const float *a, int64_t lda, const float *b, float *c, int64_t ldc, int add,
                       const float *bias, const char *next, int64_t bytes) {
-	int64_t blocks = mc_ceil(m, KMR), pfs = mc_ceil(bytes, blocks * k * 8) * 8;
-	for (int64_t i = 0; i < blocks; i++) {
-		int64_t lo = m * i / blocks, hi = m * (i + 1) / blocks, at = i * k * pfs;
-		kern_f32_table[hi - lo](k, a + lo * lda, lda, b, MC_NR, c + lo * ldc, ldc, add, bias, at < bytes ? next + at : NULL, pfs);
-	}
+	int64_t step = MC_LINE / KUN; // so that a round fetches whole lines
+	int64_t pfs = mc_ceil(bytes, mc_ceil(m, KMR) * k * step) * step;
+	rows_f32(m, k, a, lda, b, MC_NR, c, ldc, add, bias, next, AT(next, bytes), pfs);
 }
 
 // widen_pairs brings k rows of a bf16 panel into bx [k][MC_NR] in f32. There is no
@@ -233,19 +266,15 @@ static void widen_pairs(const uint32_t *b, int64_t k, float *bx) {
 // bytes apart.
 static void mul_f32(int64_t m, int64_t k, const float *a, int64_t lda, const float *b, int64_t ldb, float *c,
                     int64_t ldc, int add) {
+	int64_t block = k;
 #if defined(KBLOCK)
-	if (m > KROWS(MC_F32) && ldb == MC_NR && k > 0) {
-		for (int64_t k0 = 0; k0 < k; k0 += KBLOCK)
-			block_f32(m, mc_min(KBLOCK, k - k0), a + k0, lda, b + k0 * MC_NR, c, ldc, add || k0 > 0, NULL, NULL, 0);
-		return;
-	}
+	if (m > KROWS(MC_F32) && ldb == MC_NR) block = KBLOCK;
 #endif
-	int64_t blocks = mc_ceil(m, KMR);
-	for (int64_t i = 0; i < blocks; i++) {
-		int64_t lo = m * i / blocks, hi = m * (i + 1) / blocks;
-		for (int64_t j = 0; j < MC_NR; j += KN)
-			kern_f32_table[hi - lo](k, a + lo * lda, lda, b + j, ldb, c + lo * ldc + j, ldc, add, NULL, NULL, 0);
-	}
+	int64_t k0 = 0;
+	do {
+		rows_f32(m, mc_min(block, k - k0), a + k0, lda, b + k0 * ldb, ldb, c, ldc, add || k0 > 0, NULL, NULL, NULL, 0);
+		k0 += block;
+	} while (k0 < k);
 }
 
 // mul_bf16 is the same for bf16: B holds pairs, (k+1)/2 rows of 32 uint32 at row
@@ -254,25 +283,21 @@ static void mul_f32(int64_t m, int64_t k, const float *a, int64_t lda, const flo
 // A need no alignment.
 static void mul_bf16(int64_t m, int64_t k, const mc_bf16 *a, int64_t lda, const uint32_t *b, int64_t ldb, float *c,
                      int64_t ldc, int add) {
-	int64_t blocks = mc_ceil(m, KMR);
 #if defined(KBLOCK)
 	if (m > KROWS(MC_BF16) && ldb == MC_NR && k > 0) {
-		float bx[KBLOCK * MC_NR], ax[KMR * KBLOCK];
+		enum { ROWS = 4 * KMR };
+		float bx[KBLOCK * MC_NR], ax[ROWS * KBLOCK];
 		for (int64_t k0 = 0; k0 < k; k0 += KBLOCK) {
 			int64_t kn = mc_min(KBLOCK, k - k0);
 			widen_pairs(b + k0 / 2 * MC_NR, kn, bx);
-			for (int64_t i = 0; i < blocks; i++) {
-				int64_t lo = m * i / blocks, hi = m * (i + 1) / blocks;
-				for (int64_t r = lo; r < hi; r++) to_f32(ax + (r - lo) * KBLOCK, a + r * lda + k0, kn);
-				kern_f32_table[hi - lo](kn, ax, KBLOCK, bx, MC_NR, c + lo * ldc, ldc, add || k0 > 0, NULL, NULL, 0);
+			for (int64_t lo = 0; lo < m; lo += ROWS) {
+				int64_t mn = mc_min(ROWS, m - lo);
+				for (int64_t r = 0; r < mn; r++) to_f32(ax + r * KBLOCK, a + (lo + r) * lda + k0, kn);
+				rows_f32(mn, kn, ax, KBLOCK, bx, MC_NR, c + lo * ldc, ldc, add || k0 > 0, NULL, NULL, NULL, 0);
 			}
 		}
 		return;
 	}
 #endif
-	for (int64_t i = 0; i < blocks; i++) {
-		int64_t lo = m * i / blocks, hi = m * (i + 1) / blocks;
-		for (int64_t j = 0; j < MC_NR; j += KN)
-			kern_bf16_table[hi - lo](k, a + lo * lda, lda, b + j, ldb, c + lo * ldc + j, ldc, add, NULL, NULL, 0);
-	}
+	rows_bf16(m, k, a, lda, b, ldb, c, ldc, add, NULL, NULL, NULL, 0);
 }
