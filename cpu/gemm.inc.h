@@ -129,14 +129,12 @@ static void gemm_blocks(const struct mc_gemm *g, const char *x, int64_t ldx, int
 					widen_pairs((const uint32_t *)b, kn, bx);
 					bf = bx;
 				}
-				if (kn == g->k && epi_direct(&g->epi, n)) {
-					float *y = (float *)g->epi.y + r0 * g->epi.ldy + c0 - g->n0;
-					block_f32(m, kn, a, lda, bf, y, g->epi.ldy, 0, AT(g->epi.bias, c0 - g->n0), next, next ? kn * row : 0);
-					continue;
-				}
+				int direct = last && epi_direct(&g->epi, n);
+				float *y = direct ? (float *)g->epi.y + r0 * g->epi.ldy + c0 - g->n0 : c;
 				if (last) epi_claim(&g->epi, r0, c0 - g->n0, m);
-				block_f32(m, kn, a, lda, bf, c, MC_NR, k0 > 0, NULL, next, next ? kn * row : 0);
-				if (last) epilogue(&g->epi, r0, c0 - g->n0, m, n, c + c0 - p * MC_NR, MC_NR);
+				block_f32(m, kn, a, lda, bf, c, MC_NR, k0 > 0, y, direct ? g->epi.ldy : MC_NR,
+				          direct ? AT(g->epi.bias, c0 - g->n0) : NULL, next, next ? kn * row : 0);
+				if (last && !direct) epilogue(&g->epi, r0, c0 - g->n0, m, n, c + c0 - p * MC_NR, MC_NR);
 			}
 		}
 	}
@@ -184,10 +182,10 @@ static void gemm_core(const struct mc_gemm *g, const void *x, int64_t ldx, int64
 			for (int64_t j = 0; j < MC_NR; j += KN) {
 				if (g->w_dtype == MC_F32)
 					kern_f32_table[hi - lo](1, g->k, (const float *)x + lo * ldx, ldx, (const float *)b + j,
-					                        MC_NR, c + j, ldc, 0, AT(bias, j), pf, end, pfs);
+					                        MC_NR, c + j, ldc, 0, c + j, ldc, AT(bias, j), pf, end, pfs);
 				else
 					kern_bf16_table[hi - lo](1, g->k, (const mc_bf16 *)x + lo * ldx, ldx,
-					                         (const uint32_t *)b + j, MC_NR, c + j, ldc, 0, AT(bias, j), pf, end, pfs);
+					                         (const uint32_t *)b + j, MC_NR, c + j, ldc, 0, c + j, ldc, AT(bias, j), pf, end, pfs);
 				if (pfs) pf += part;
 			}
 			if (!direct) epilogue(&g->epi, r0 + lo, c0 - g->n0, hi - lo, c1 - c0, tile + c0 - p * MC_NR, MC_NR);
