@@ -54,7 +54,7 @@ func report() *Report {
 	c := Case{Model: "m", Kind: KindMAR, DType: "f32", Batch: 4, Iters: 64, HeadSteps: 100, CFG: 3, Part: "sample", Subset: 8}
 	return &Report{Machine: ThisMachine(), Rows: []Row{
 		{Case: c, Side: "margo", FLOPs: 8e12, OwnFLOPs: 7e12, Peak: 1e12, RandomWeight: true,
-			Runs: []Run{{Seconds: 10, Parts: map[string]float64{"head": 4}}, {Seconds: 12, Parts: map[string]float64{"head": 6}}, {Seconds: 11, Parts: map[string]float64{"head": 5}}}},
+			Runs: []Run{{Seconds: 10, PeakThen: 1e12, Parts: map[string]float64{"head": 4}}, {Seconds: 12, PeakThen: 8e11, Parts: map[string]float64{"head": 6}}, {Seconds: 11, Parts: map[string]float64{"head": 5}}}},
 		{Case: c, Side: "pytorch eager", FLOPs: 8e12, Peak: 1e12, Runs: []Run{{Seconds: 20}, {Seconds: 36}, {Seconds: 33}}},
 	}}
 }
@@ -68,19 +68,19 @@ func TestFormats(t *testing.T) {
 		s := b.String()
 		switch f {
 		case "table":
-			for _, want := range []string{"m 64×100 f32 batch 4: margo is 3.00 times as fast as pytorch eager (3 pairs, 2.00 to 3.00)", "73%", "8 of 64 iterations", "weights are random"} {
+			for _, want := range []string{"m 64×100 f32 batch 4: margo is 3.00 times as fast as pytorch eager (3 pairs, 2.00 to 3.00)", "73%", "of peak then", "82%", "8 of 64 iterations", "weights are random"} {
 				if !strings.Contains(s, want) {
 					t.Errorf("table lacks %q:\n%s", want, s)
 				}
 			}
 		case "csv":
 			rec, err := csv.NewReader(&b).ReadAll()
-			if err != nil || len(rec) != 3 || rec[1][15] != "2.75" {
+			if err != nil || len(rec) != 3 || rec[1][15] != "2.75" || rec[1][19] != "0.816667" || rec[2][19] != "" {
 				t.Errorf("csv: %v %v", rec, err)
 			}
 		case "json":
 			var back Report
-			if err := json.Unmarshal(b.Bytes(), &back); err != nil || back.Rows[0].Runs[1].Seconds != 12 {
+			if err := json.Unmarshal(b.Bytes(), &back); err != nil || back.Rows[0].Runs[1].Seconds != 12 || back.Rows[0].Runs[1].PeakThen != 8e11 || !strings.Contains(s, `"peak_share_then": 0.8166`) {
 				t.Errorf("json: %v", err)
 			}
 		case "benchstat":
@@ -173,7 +173,7 @@ func TestNotFinite(t *testing.T) {
 	r.Incomplete = "interrupted"
 	row := &r.Rows[0]
 	row.CFG, row.Peak, row.FLOPs = math.Inf(1), 0, math.NaN()
-	row.Runs[0] = Run{math.NaN(), map[string]float64{"head": math.Inf(-1)}, math.NaN()}
+	row.Runs[0] = Run{math.NaN(), map[string]float64{"head": math.Inf(-1)}, math.NaN(), math.NaN()}
 	row.Runs[1].Seconds = 0
 	r.Machine.ReadBW = math.Inf(1)
 	for _, f := range Formats {

@@ -24,11 +24,15 @@ func (r Run) MarshalJSON() ([]byte, error) {
 	if finite(r.Joules) == nil {
 		r.Joules = 0
 	}
+	if finite(r.PeakThen) == nil {
+		r.PeakThen = 0
+	}
 	return json.Marshal(struct {
-		Seconds *float64            `json:"seconds"`
-		Parts   map[string]*float64 `json:"parts"`
-		Joules  float64             `json:"joules,omitempty"`
-	}{finite(r.Seconds), parts, r.Joules})
+		Seconds  *float64            `json:"seconds"`
+		Parts    map[string]*float64 `json:"parts"`
+		Joules   float64             `json:"joules,omitempty"`
+		PeakThen float64             `json:"peak_then_flops,omitempty"`
+	}{finite(r.Seconds), parts, r.Joules, r.PeakThen})
 }
 
 // MarshalJSON writes a row with the figures that the table prints.
@@ -44,8 +48,9 @@ func (r Row) MarshalJSON() ([]byte, error) {
 		ImagesPerSecond *float64 `json:"images_per_s"`
 		Spread          *float64 `json:"spread"`
 		PeakShare       *float64 `json:"peak_share"`
+		ShareThen       *float64 `json:"peak_share_then,omitempty"`
 	}{plain(r), finite(r.CFG), finite(r.FLOPs), finite(r.OwnFLOPs), finite(r.Peak), finite(r.Seconds() / float64(r.Batch)),
-		finite(r.ImagesPerSecond()), finite(Spread(r.seconds())), finite(r.PeakShare())})
+		finite(r.ImagesPerSecond()), finite(Spread(r.seconds())), finite(r.PeakShare()), finite(r.ShareThen())})
 }
 
 // MarshalJSON writes a machine.

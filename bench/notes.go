@@ -49,6 +49,9 @@ func (rep *Report) notes() []string {
 		add(s)
 	}
 	add("peak share counts the FLOPs of the authors' algorithm for every side")
+	if rep.any((*Row).ShareThen) {
+		add("\"of peak then\" divides by what multiply-adds did just before and after each run, on average: a shared machine is not always at its best")
+	}
 	return out
 }
 

@@ -62,6 +62,9 @@ type Run struct {
 	Seconds float64            `json:"seconds"`
 	Parts   map[string]float64 `json:"parts"`
 	Joules  float64            `json:"joules,omitempty"` // of the whole batch; 0: the machine does not tell
+	// PeakThen is the mean arithmetic that the machine gave just before and after, in
+	// FLOP/s and the case's dtype; 0: not known.
+	PeakThen float64 `json:"peak_then_flops,omitempty"`
 }
 
 // Row is what one side achieved on one case.
@@ -96,6 +99,19 @@ func (r *Row) ImagesPerSecond() float64 { return float64(r.Batch) / r.Seconds() 
 
 // PeakShare is FLOPs/Seconds over the measured peak.
 func (r *Row) PeakShare() float64 { return r.FLOPs / r.Seconds() / r.Peak }
+
+// ShareThen is the median over the runs of FLOPs/Seconds over the arithmetic that the
+// machine gave beside the run; NaN: not known. On a machine that others use too it tells
+// what is the program's share of a loss.
+func (r *Row) ShareThen() float64 {
+	var v []float64
+	for _, run := range r.Runs {
+		if run.PeakThen > 0 {
+			v = append(v, r.FLOPs/run.Seconds/run.PeakThen)
+		}
+	}
+	return Median(v)
+}
 
 // PartSeconds is the median time of a part.
 func (r *Row) PartSeconds(part string) float64 {
@@ -232,9 +248,13 @@ func (rep *Report) header(w io.Writer) {
 func (rep *Report) table(w io.Writer) error {
 	rep.header(w)
 	fmt.Fprintln(w)
-	shown, energy := rep.shown(), rep.any((*Row).Joules)
+	shown, energy, then := rep.shown(), rep.any((*Row).Joules), rep.any((*Row).ShareThen)
 	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.AlignRight)
-	fmt.Fprint(tw, "model\twork\tdtype\tbatch\tside\truns\ts/image\timages/s\tspread\tpeak share\tTFLOP/img\town TFLOP")
+	fmt.Fprint(tw, "model\twork\tdtype\tbatch\tside\truns\ts/image\timages/s\tspread\tpeak share")
+	if then {
+		fmt.Fprint(tw, "\tof peak then")
+	}
+	fmt.Fprint(tw, "\tTFLOP/img\town TFLOP")
 	for _, p := range shown {
 		fmt.Fprintf(tw, "\t%s s", p)
 	}
@@ -245,8 +265,12 @@ func (rep *Report) table(w io.Writer) error {
 	for i := range rep.Rows {
 		r := &rep.Rows[i]
 		n := float64(r.Batch)
-		fmt.Fprintf(tw, "%s\t%s\t%s\t%d\t%s\t%d\t%.4g\t%.4g\t%s\t%s\t%.3g\t%s", r.Model, r.Settings(), r.DType, r.Batch, r.Side, len(r.Runs),
-			r.Seconds()/n, r.ImagesPerSecond(), percent(Spread(r.seconds())), percent(r.PeakShare()), r.FLOPs/n/1e12, dash(r.OwnFLOPs/n/1e12))
+		fmt.Fprintf(tw, "%s\t%s\t%s\t%d\t%s\t%d\t%.4g\t%.4g\t%s\t%s", r.Model, r.Settings(), r.DType, r.Batch, r.Side, len(r.Runs),
+			r.Seconds()/n, r.ImagesPerSecond(), percent(Spread(r.seconds())), percent(r.PeakShare()))
+		if then {
+			fmt.Fprintf(tw, "\t%s", percent(r.ShareThen()))
+		}
+		fmt.Fprintf(tw, "\t%.3g\t%s", r.FLOPs/n/1e12, dash(r.OwnFLOPs/n/1e12))
 		for _, p := range shown {
 			fmt.Fprintf(tw, "\t%s", dash(r.PartSeconds(p)/n))
 		}
@@ -318,7 +342,7 @@ func (rep *Report) ratios() []string {
 
 func (rep *Report) csv(w io.Writer) error {
 	c := csv.NewWriter(w)
-	head := []string{"model", "kind", "part", "dtype", "batch", "iters", "head_steps", "steps", "sampler", "cfg_channels", "cfg", "pixels", "subset", "side", "runs", "seconds_per_image", "images_per_s", "spread", "peak_share", "flops_authors", "flops_own", "memory_bytes", "joules_per_image"}
+	head := []string{"model", "kind", "part", "dtype", "batch", "iters", "head_steps", "steps", "sampler", "cfg_channels", "cfg", "pixels", "subset", "side", "runs", "seconds_per_image", "images_per_s", "spread", "peak_share", "peak_share_then", "flops_authors", "flops_own", "memory_bytes", "joules_per_image"}
 	for _, p := range parts {
 		head = append(head, p+"_s")
 	}
@@ -344,7 +368,7 @@ func (rep *Report) csv(w io.Writer) error {
 		}
 		rec := []string{r.Model, r.Kind, r.Part, r.DType, fmt.Sprint(r.Batch), fmt.Sprint(r.Iters), fmt.Sprint(r.HeadSteps), r.Steps, r.Sampler, r.Guided,
 			f(r.CFG), fmt.Sprint(r.Pixels), fmt.Sprint(r.Subset), r.Side, fmt.Sprint(len(r.Runs)),
-			f(r.Seconds() / float64(r.Batch)), f(r.ImagesPerSecond()), f(Spread(r.seconds())), f(r.PeakShare()), f(r.FLOPs), f(r.OwnFLOPs), memory, joules}
+			f(r.Seconds() / float64(r.Batch)), f(r.ImagesPerSecond()), f(Spread(r.seconds())), f(r.PeakShare()), f(r.ShareThen()), f(r.FLOPs), f(r.OwnFLOPs), memory, joules}
 		for _, p := range parts {
 			rec = append(rec, f(r.PartSeconds(p)/float64(r.Batch)))
 		}

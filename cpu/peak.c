@@ -30,23 +30,28 @@ static void stream_worker(struct mc_worker *w, void *ctx) {
 	p->done[w->tid] = (double)p->bytes;
 }
 
-// rate is the best of rounds, in units of work per second; 0 without memory.
-static double rate(mc_fn fn, struct probe *p, int nt, int rounds) {
-	double best = 0;
-	for (int r = 0; r < rounds; r++) {
+// rate is the best of the rounds of a tenth of a second, in units of work per second,
+// and in *mean the mean of them; 0 without memory.
+static double rate(mc_fn fn, struct probe *p, int nt, double *mean) {
+	double best = 0, done = 0, spent = 0;
+	*mean = 0;
+	do {
 		memset(p->done, 0, sizeof p->done); // there may be fewer workers than nt
 		double t = seconds(), work = 0;
 		if (mc_parallel(nt, 0, fn, p)) return 0;
 		t = seconds() - t;
 		for (int i = 0; i < nt; i++) work += p->done[i];
 		if (work / t > best) best = work / t;
-	}
+		done += work;
+		spent += t;
+	} while (spent < 0.1);
+	*mean = done / spent;
 	return best;
 }
 
-double mc_peak_flops(int dtype, int nt) {
+double mc_peak_flops(int dtype, int nt, double *mean) {
 	struct probe p = {.dtype = dtype, .iters = 200000};
-	return rate(flops_worker, &p, nt < 1 ? 1 : nt > 1024 ? 1024 : nt, 8);
+	return rate(flops_worker, &p, nt < 1 ? 1 : nt > 1024 ? 1024 : nt, mean);
 }
 
 double mc_peak_stream(int64_t bytes, int nt) {
@@ -56,7 +61,7 @@ double mc_peak_stream(int64_t bytes, int nt) {
 	if (!data) return 0;
 	for (int64_t i = 0; i < bytes; i += 4096) data[i] = 0; // map the pages
 	p.data = data;
-	double best = rate(stream_worker, &p, nt, 6);
+	double mean, best = rate(stream_worker, &p, nt, &mean);
 	mc_free(data);
 	return best;
 }

@@ -5,8 +5,9 @@
 #include <stdint.h>
 
 // mc_peak_flops is floating-point operations per second of nt threads doing
-// multiply-adds on registers: f32 FMA, or bf16 dot products with f32 sums.
-double mc_peak_flops(int dtype, int nt);
+// multiply-adds on registers, f32 FMA or bf16 dot products with f32 sums: the best
+// millisecond of a tenth of a second, and in *mean the mean of all.
+double mc_peak_flops(int dtype, int nt, double *mean);
 // mc_peak_stream is bytes per second of nt threads reading bytes of memory in
 // order; 0 if they cannot be had.
 double mc_peak_stream(int64_t bytes, int nt);

@@ -29,7 +29,7 @@ A model is a file, or a name, which gets random weights that take as long as tra
 
 The sides of a case take turns; --interleave lets all cases do so, which compares models fairly on a machine whose speed changes, and holds all of them in memory. What makes models unequal is printed below the table.
 
-"peak share" is the speed reached over the fastest matrix product measured here, before the first case and after each. It counts the arithmetic of the authors' algorithm for every side, so work that margo avoids counts as done; "own TFLOP" is what margo really executes.
+"peak share" is the speed reached over the fastest multiply-adds measured here, before and after each run; "of peak then" takes those beside the run instead, on average, for a machine whose speed changes. Both count the arithmetic of the authors' algorithm for every side, so work that margo avoids counts as done; "own TFLOP" is what margo really executes.
 
 A case whose weights and activations do not fit into the free memory is refused before anything is measured; what a peer takes is not counted. Measure on a machine that does nothing else. Ctrl-C stops, PyTorch too, and still reports the cases that are complete; so does a case that fails.
 
@@ -259,9 +259,9 @@ func (j *benchJob) write() error {
 	return err
 }
 
-// measure takes the machine's peaks, before the first case and after each one,
-// and keeps the highest: a shared machine is slow at times, and a share of a
-// peak that was measured at such a time would flatter.
+// measure takes the machine's peaks, before the first case and after each one, beside
+// what was measured around each run, and keeps the highest: a shared machine is slow at
+// times, and a share of a peak that was measured at such a time would flatter.
 func (j *benchJob) measure() {
 	if m, ok := j.dev.(interface{ MeasurePeaks() }); ok {
 		m.MeasurePeaks()

@@ -116,7 +116,7 @@ func TestBench(t *testing.T) {
 	if len(r.Rows) != 2 || r.Rows[0].Side != "margo" || r.Rows[1].Side != "pytorch tuned" || r.Rows[1].Runs[0].Seconds != 1 || r.Incomplete != "" {
 		t.Errorf("%+v", r)
 	}
-	if m := r.Rows[0]; m.Runs[0].Parts["tokenizer"] <= 0 || m.FLOPs < m.OwnFLOPs || m.Peak <= 0 || m.RandomWeight {
+	if m := r.Rows[0]; m.Runs[0].Parts["tokenizer"] <= 0 || m.FLOPs < m.OwnFLOPs || m.Peak <= 0 || m.Runs[0].PeakThen <= 0 || m.Runs[0].PeakThen > 1.05*m.Peak || m.RandomWeight {
 		t.Errorf("%+v", m)
 	}
 	// What sample can read, bench can: a file that does not tell its heads.
