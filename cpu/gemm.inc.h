@@ -167,9 +167,9 @@ static void gemm_core(const struct mc_gemm *g, const void *x, int64_t ldx, int64
 	// part of the next panel.
 	int64_t passes = blocks * (MC_NR / KN);
 	int64_t part = panel / passes / MC_LINE * MC_LINE, step = 2 * MC_LINE / passes;
+	const char *end = (const char *)g->w + p1 * panel;
 	for (int64_t p = p0; p < p1; p++) {
-		const char *b = (const char *)g->w + p * panel, *end = (const char *)g->w + p1 * panel;
-		const char *pf = passes == 1 ? b + MC_GEMM_AHEAD : p + 1 < p1 ? b + panel : b;
+		const char *b = (const char *)g->w + p * panel, *pf = passes == 1 ? b + MC_GEMM_AHEAD : p + 1 < p1 ? b + panel : b;
 		int64_t c0 = mc_max(p * MC_NR, g->n0), c1 = mc_min((p + 1) * MC_NR, g->n0 + g->n);
 		int64_t pfs = passes > 1 && p + 1 == p1 ? 0 : step;
 		int direct = epi_direct(&g->epi, c1 - c0);

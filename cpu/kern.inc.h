@@ -124,8 +124,8 @@ V_INLINE void kern_f32(const int mr, KERN_ARGS(float, float)) {
 #if KUN > 1
 		const float *x[3] = {a, a + lda, a + 2 * lda};
 		UNROLL for (int i = 0; i < 3; i++) __asm__("" : "+r"(x[i])); // or it would keep many more addresses
-		int64_t lines = pfs * KUN / MC_LINE;
-		if (fetch && lines > 0) {
+		int64_t lines = fetch ? pfs * KUN / MC_LINE : 0;
+		if (lines > 0) {
 			kern_rounds(mr, k, acc, x, b, ldb, pf, lines);
 			pf += k / KUN * lines * MC_LINE;
 		} else {
@@ -243,8 +243,8 @@ ROWS_OF(bf16, mc_bf16, uint32_t)
 #define KROWS(dtype) ((dtype) == MC_BF16 ? 2 * KMR : KMR)
 
 #if defined(KBLOCK)
-// block_f32 multiplies m rows with k <= KBLOCK rows of a panel, adds bias if any, and
-// fetches bytes at next meanwhile.
+// block_f32 multiplies m rows with k <= KBLOCK rows of a panel, from C to Y as the
+// micro-kernels do, and fetches bytes at next meanwhile.
 static void block_f32(int64_t m, int64_t k, const float *a, int64_t lda, const float *b, const float *c, int64_t ldc, int add,
                       float *y, int64_t ldy, const float *bias, const char *next, int64_t bytes) {
 	int64_t step = MC_LINE / KUN; // so that a round fetches whole lines

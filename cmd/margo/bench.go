@@ -259,9 +259,9 @@ func (j *benchJob) write() error {
 	return err
 }
 
-// measure takes the machine's peaks, before the first case and after each one, beside
-// what was measured around each run, and keeps the highest: a shared machine is slow at
-// times, and a share of a peak that was measured at such a time would flatter.
+// measure takes the machine's peaks, before the first case and after each one. The device
+// keeps the highest of these and of what is measured around each run: a shared machine is
+// slow at times, and a share of a peak that was measured at such a time would flatter.
 func (j *benchJob) measure() {
 	if m, ok := j.dev.(interface{ MeasurePeaks() }); ok {
 		m.MeasurePeaks()
@@ -272,7 +272,7 @@ func (j *benchJob) measure() {
 		m.Device = fmt.Sprintf("%s, %s", info.Model, m.Device)
 	}
 	m.PeaksDerived = isCUDA(info.Name)
-	m.PeakF32, m.PeakB16, m.ReadBW = max(m.PeakF32, info.PeakF32), max(m.PeakB16, info.PeakBF16), max(m.ReadBW, info.PeakMemory)
+	m.PeakF32, m.PeakB16, m.ReadBW = info.PeakF32, info.PeakBF16, info.PeakMemory
 }
 
 // health notes what NVML says about a GPU: a throttled or shared one explains odd times.
