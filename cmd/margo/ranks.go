@@ -37,7 +37,7 @@ func readRanks(c *cli.Context) (*dist.Place, error) {
 		}
 	default:
 		if p, err = dist.ParsePlace(v); err != nil {
-			return nil, usagef("--ranks: %w", err)
+			return nil, usagef("--%w", err) // which begins with "ranks: "
 		}
 		if p.Size == 1 {
 			p = nil
