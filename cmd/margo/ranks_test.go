@@ -73,6 +73,9 @@ func TestRanksRefuse(t *testing.T) {
 	if code, _, err := margo(quick("--ranks", "0/2@127.0.0.1:1", "--out", filepath.Join(t.TempDir(), "a.png"))...); code != exitUsage || !strings.Contains(err, "folder") {
 		t.Errorf("a sheet of ranks: exit %d: %s", code, err)
 	}
+	if code, _, err := margo(quick("--ranks", "3/x", "--out", dir)...); code != exitUsage || !strings.Contains(err, `--ranks: "3/x"`) {
+		t.Errorf("ranks that are none: exit %d: %s", code, err)
+	}
 	t.Setenv("RANK", "1")
 	if code, _, err := margo(quick("--out", dir)...); code != exitUsage || !strings.Contains(err, "WORLD_SIZE is not set") {
 		t.Errorf("RANK alone: exit %d: %s", code, err)
