@@ -50,14 +50,16 @@ func Compare(ctx context.Context, units []Unit, reps int, log func(string)) ([]R
 			if err := ctx.Err(); err != nil {
 				return nil, engine.Errorf("bench", engine.Cancelled, "%w", err)
 			}
-			before := probe(t.side, t.unit.Case)
+			beat := newPulse(t.side, t.unit.Case)
+			beat.probe(pulseEnds)
 			used := t.joules.start()
-			r, err := t.side.Run(ctx, t.unit.Case)
+			r, err := t.side.Run(ctx, t.unit.Case, beat.between)
 			if err != nil {
 				return nil, named(t.side, err)
 			}
 			r.Joules = used() * scale(t.unit.Case)
-			r.PeakThen = (before + probe(t.side, t.unit.Case)) / 2
+			beat.probe(pulseEnds)
+			r.PeakThen = beat.mean()
 			log(fmt.Sprintf("%s: run %d of %d, %s: %.4g s/image", t.unit.Case.Label(), rep+1, reps, t.side.Name(), r.Seconds/float64(t.unit.Case.Batch)))
 			rows[i].Runs = append(rows[i].Runs, r)
 		}
@@ -68,19 +70,6 @@ func Compare(ctx context.Context, units []Unit, reps int, log func(string)) ([]R
 		}
 	}
 	return rows, nil
-}
-
-// probe measures the arithmetic that a side's device gives at this moment, in the
-// case's dtype; 0 where that cannot be measured.
-func probe(s Side, c Case) float64 {
-	d, ok := deviceOf(s).(interface {
-		ProbePeak(engine.DType) float64
-	})
-	t, err := engine.ParseDType(c.DType)
-	if !ok || err != nil {
-		return 0
-	}
-	return d.ProbePeak(t)
 }
 
 // named says which side failed, unless it is margo itself.

@@ -50,7 +50,7 @@ func (rep *Report) notes() []string {
 	}
 	add("peak share counts the FLOPs of the authors' algorithm for every side")
 	if rep.any((*Row).ShareThen) {
-		add("\"of peak then\" divides by what multiply-adds did just before and after each run, on average: a shared machine is not always at its best")
+		add("\"of peak then\" divides by what multiply-adds did just before and after each run, on average, and between margo's iterations: a shared machine is not always at its best")
 	}
 	return out
 }

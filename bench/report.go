@@ -62,8 +62,8 @@ type Run struct {
 	Seconds float64            `json:"seconds"`
 	Parts   map[string]float64 `json:"parts"`
 	Joules  float64            `json:"joules,omitempty"` // of the whole batch; 0: the machine does not tell
-	// PeakThen is the mean arithmetic that the machine gave just before and after, in
-	// FLOP/s and the case's dtype; 0: not known.
+	// PeakThen is the mean arithmetic that the machine gave just before and after, and to
+	// margo between iterations, in FLOP/s and the case's dtype; 0: not known.
 	PeakThen float64 `json:"peak_then_flops,omitempty"`
 }
 

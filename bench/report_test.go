@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 )
 
 // rivals is a report of three kinds of model, one at two settings.
@@ -223,7 +224,7 @@ func (s turns) Warm(_ context.Context, c Case) error {
 	*s.log = append(*s.log, "warm "+s.name+" "+c.Model)
 	return nil
 }
-func (s turns) Run(_ context.Context, c Case) (Run, error) {
+func (s turns) Run(_ context.Context, c Case, _ func() time.Duration) (Run, error) {
 	*s.log = append(*s.log, s.name+" "+c.Model)
 	return Run{Seconds: float64(len(*s.log))}, s.err
 }

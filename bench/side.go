@@ -16,7 +16,9 @@ import (
 type Side interface {
 	Name() string
 	Warm(ctx context.Context, c Case) error
-	Run(ctx context.Context, c Case) (Run, error)
+	// Run measures a case. Between iterations a side of this process calls between, which
+	// says how much of the time was its own.
+	Run(ctx context.Context, c Case, between func() time.Duration) (Run, error)
 	PID() int // of the process that does the work
 	Close() error
 }
@@ -139,7 +141,7 @@ func (m *Margo) Activations(c Case) (int64, error) {
 // pages and threads are there.
 func (m *Margo) Warm(ctx context.Context, c Case) error {
 	if m.Engine == nil {
-		_, err := m.Run(ctx, c)
+		_, err := m.Run(ctx, c, func() time.Duration { return 0 })
 		return err
 	}
 	r := m.request(c)
@@ -151,15 +153,17 @@ func (m *Margo) Warm(ctx context.Context, c Case) error {
 }
 
 // Run measures a case.
-func (m *Margo) Run(ctx context.Context, c Case) (Run, error) {
+func (m *Margo) Run(ctx context.Context, c Case, between func() time.Duration) (Run, error) {
 	if c.Part == "decode" {
 		return m.decode(ctx, c)
 	}
+	var own time.Duration
 	start := time.Now()
-	if err := m.Engine.Run(ctx, m.request(c), nil, func(sample.Image) error { return nil }); err != nil {
+	pause := func(sample.Progress) { own += between() }
+	if err := m.Engine.Run(ctx, m.request(c), pause, func(sample.Image) error { return nil }); err != nil {
 		return Run{}, err
 	}
-	total := time.Since(start).Seconds()
+	total := (time.Since(start) - own).Seconds()
 	p, k := m.Engine.Parts(), scale(c)
 	if m.Tok == nil {
 		p.Tokenizer = 0 // of a clock read twice
@@ -273,7 +277,7 @@ func (p *PyTorch) Warm(ctx context.Context, c Case) error {
 }
 
 // Run measures a case.
-func (p *PyTorch) Run(ctx context.Context, c Case) (Run, error) {
+func (p *PyTorch) Run(ctx context.Context, c Case, _ func() time.Duration) (Run, error) {
 	var a struct {
 		Total float64 `json:"seconds_total"`
 		Enc   float64 `json:"enc"`

@@ -12,6 +12,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 	"unsafe"
 
 	"margo/engine"
@@ -72,10 +73,9 @@ func (d *Device) MeasurePeaks() {
 	d.peaks.read = max(d.peaks.read, read)
 }
 
-// ProbePeak measures for a tenth of a second what PeakFLOPS does, and returns the
-// mean: what the machine, shared perhaps, gives at this moment.
-func (d *Device) ProbePeak(t engine.DType) float64 {
-	best, mean := PeakFLOPS(t, d.threads)
+// ProbePeak measures PeakFLOPS, for Info.
+func (d *Device) ProbePeak(t engine.DType) {
+	best := PeakFLOPS(t, d.threads)
 	d.peakLock.Lock()
 	defer d.peakLock.Unlock()
 	if t == engine.BF16 {
@@ -83,7 +83,12 @@ func (d *Device) ProbePeak(t engine.DType) float64 {
 	} else {
 		d.peaks.f32 = max(d.peaks.f32, best)
 	}
-	return mean
+}
+
+// Arithmetic is MeanFLOPS of the device's threads: what the machine, shared perhaps,
+// gives at this moment.
+func (d *Device) Arithmetic(t engine.DType, over time.Duration) float64 {
+	return MeanFLOPS(t, d.threads, over)
 }
 
 // Supports is true for all ops, in both dtypes.

@@ -323,6 +323,6 @@ func benchGemm(b *testing.B, dt engine.DType, m, k, n int, cold bool) {
 	}
 	b.StopTimer()
 	b.ReportMetric(best/1e9, "GF/s")
-	peak, _ := PeakFLOPS(dt, f.d.threads)
+	peak := PeakFLOPS(dt, f.d.threads)
 	b.ReportMetric(100*best/peak, "%peak")
 }

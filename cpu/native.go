@@ -15,6 +15,7 @@ package cpu
 // #cgo nocallback mc_kern_named
 // #cgo nocallback mc_kern_force
 // #cgo nocallback mc_peak_flops
+// #cgo nocallback mc_peak_mean
 // #cgo nocallback mc_peak_stream
 // #include <stdlib.h>
 // #include "core.h"
@@ -24,6 +25,7 @@ import "C"
 
 import (
 	"sync"
+	"time"
 	"unsafe"
 
 	"margo/engine"
@@ -74,13 +76,17 @@ func limitPool(n int) { C.mc_pool_limit(C.int(n)) }
 
 // PeakFLOPS measures floating-point operations per second of threads threads
 // doing nothing but multiply-adds on registers, FMA in F32, dot products of
-// bf16 pairs with F32 sums in BF16: the best millisecond of a tenth of a second,
-// and the mean of all, which is less where others use the machine.
-func PeakFLOPS(d engine.DType, threads int) (best, mean float64) {
+// bf16 pairs with F32 sums in BF16: the best millisecond of a tenth of a second.
+func PeakFLOPS(d engine.DType, threads int) float64 {
 	poolCPUs()
-	var m C.double
-	best = float64(C.mc_peak_flops(C.int(d), C.int(threads), &m))
-	return best, float64(m)
+	return float64(C.mc_peak_flops(C.int(d), C.int(threads)))
+}
+
+// MeanFLOPS is the mean of what PeakFLOPS measures over a time, in which no thread
+// waits for another: less where others use the machine.
+func MeanFLOPS(d engine.DType, threads int, over time.Duration) float64 {
+	poolCPUs()
+	return float64(C.mc_peak_mean(C.int(d), C.int(threads), C.double(over.Seconds())))
 }
 
 // PeakRead measures bytes per second of threads threads reading size bytes in

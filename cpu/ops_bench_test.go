@@ -28,7 +28,7 @@ func best(b *testing.B, call func() error) float64 {
 // rate reports GF/s and the share of the peak measured in the same run.
 func rate(b *testing.B, dt engine.DType, flops, seconds float64) {
 	b.ReportMetric(flops/seconds/1e9, "GF/s")
-	peak, _ := PeakFLOPS(dt, DefaultThreads())
+	peak := PeakFLOPS(dt, DefaultThreads())
 	b.ReportMetric(100*flops/seconds/peak, "%peak")
 }
 

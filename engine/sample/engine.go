@@ -148,7 +148,10 @@ func (e *Engine) Run(ctx context.Context, r Request, progress func(Progress), si
 			c.Fail(err)
 			constants = next.constants
 		}
-		images, err := w.batch(t, r.FirstIndex+done, n, func(iter int) { p.tell(done, n, iter) })
+		images, err := w.batch(t, r.FirstIndex+done, n, func(iter int) {
+			p.tell(done, n, iter)
+			w.clock.lap(c, nil) // what progress does is no part
+		})
 		if err != nil {
 			return err
 		}
