@@ -5,18 +5,26 @@
 
 #include "ops.h"
 
-#define MC_ATT_ROWS 28 // queries at a time: two blocks of the largest micro-kernel; 320 scores each take 36 KiB
+#define MC_ATT_ROWS 48 // queries at a time, at most
+
+// mc_att_rows is how many queries pass at a time: whole blocks of the micro-kernel, two
+// of AVX-512's largest; 320 scores each take 36 KiB. blocked: see mc_kernels.
+static inline int64_t mc_att_rows(int blocked) { return blocked ? MC_ATT_ROWS : 28; }
+
+// mc_att_products is the dtype of packed K and V, of Q and of the exponentials. Where no
+// instruction multiplies bf16, K and V are widened once, and not for every block of rows.
+static inline int mc_att_products(int dtype, int blocked) { return blocked ? MC_F32 : dtype; }
 
 // struct mc_att_layout: packed K and V, rows of Q, scores, their bf16
-// exponentials, a tile of O, and K and V of a paged cache in one piece, at these
-// offsets in bytes; row strides in elements.
+// exponentials, a tile of O, a panel in bf16 that is being widened, and K and V of a
+// paged cache in one piece, at these offsets in bytes; row strides in elements.
 struct mc_att_layout {
 	int64_t ldq, lds, ldp;
-	size_t k, v, q, s, p, t, gk, gv, end;
+	size_t k, v, q, s, p, t, w, gk, gv, end;
 };
 
-static inline struct mc_att_layout mc_att_layout(const struct mc_attention *a) {
-	int dt = a->q.dtype;
+static inline struct mc_att_layout mc_att_layout(const struct mc_attention *a, int blocked) {
+	int dt = mc_att_products(a->q.dtype, blocked);
 	int64_t keys = mc_ceil(a->max_k, MC_NR) * MC_NR;
 	// An odd number of half lines or lines between rows: they must not all
 	// fall into the same few sets of L1.
@@ -28,8 +36,9 @@ static inline struct mc_att_layout mc_att_layout(const struct mc_attention *a) {
 	l.s = l.q + (size_t)(MC_ATT_ROWS * l.ldq * 4);
 	l.p = l.s + (size_t)(MC_ATT_ROWS * l.lds * 4);
 	l.t = l.p + (dt == MC_BF16 ? (size_t)(MC_ATT_ROWS * l.ldp * 2) : 0);
-	l.gk = l.t + MC_ATT_ROWS * MC_NR * 4;
-	size_t gathered = a->blocks ? (size_t)mc_ceil(a->max_k * a->dh * (dt == MC_BF16 ? 2 : 4), MC_LINE) * MC_LINE : 0;
+	l.w = l.t + MC_ATT_ROWS * MC_NR * 4;
+	l.gk = l.w + (dt != a->q.dtype ? (size_t)mc_panel_bytes(MC_BF16, a->dh) : 0);
+	size_t gathered = a->blocks ? (size_t)mc_ceil(a->max_k * a->dh * (a->q.dtype == MC_BF16 ? 2 : 4), MC_LINE) * MC_LINE : 0;
 	l.gv = l.gk + gathered;
 	l.end = l.gv + gathered;
 	return l;

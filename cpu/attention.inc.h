@@ -1,42 +1,38 @@
 // attention.inc.h: softmax(Q·Kᵀ·scale)·V on the panel products of kern.inc.h.
 //
 // A worker packs K and V of one sequence and head, and then passes over the
-// queries in blocks of MC_ATT_ROWS: scores S = Q·Kᵀ for all keys (so the maximum
+// queries in blocks of mc_att_rows: scores S = Q·Kᵀ for all keys (so the maximum
 // is exact and nothing is ever rescaled), P = exp, O = P·V. A query's result
 // depends on its own scores only: every sum runs over Dh or over the keys in
 // order, whatever queries share the block.
 
-// att_softmax turns n scores s into e^(scale·s − max), rounded up to two whole
-// vectors with zeros, in place or as bf16 in p; returns their sum (before they
-// are rounded to bf16). A NaN score makes the sum NaN.
-V_INLINE float att_softmax(const int dt, float *s, mc_bf16 *p, int64_t n, float scale) {
+// att_softmax turns n scores s into e^(scale·s − max), rounded up to two whole vectors with
+// zeros, of dtype dt as products of dtype pt take them: in place if pt is F32, else in p.
+// Returns their sum (before they are rounded to bf16). A NaN score makes the sum NaN.
+V_INLINE float att_softmax(const int dt, const int pt, float *s, mc_bf16 *p, int64_t n, float scale) {
 	vf c = v_set1(scale), inf = v_set1(-__builtin_inff()), m0 = inf, m1 = inf, s0 = v_zero(), s1 = v_zero();
-	int64_t i = 0;
-	for (; i + 2 * VL <= n; i += 2 * VL) {
-		vf x0 = v_load(s + i) * c, x1 = v_load(s + i + VL) * c;
-		v_store(s + i, x0);
-		v_store(s + i + VL, x1);
-		m0 = v_max(x0, m0);
-		m1 = v_max(x1, m1);
+	vi hi = v_set1i((int32_t)0xffff0000u);
+	int64_t i = 0, whole = n / (2 * VL) * 2 * VL;
+	for (; i < whole; i += 2 * VL) {
+		m0 = v_max(v_load(s + i) * c, m0);
+		m1 = v_max(v_load(s + i + VL) * c, m1);
 	}
-	for (int64_t end = mc_ceil(n, 2 * VL) * 2 * VL; i < end; i += VL) {
-		vf x = v_sel(v_first(mc_max(n - i, 0)), v_load(s + i) * c, inf);
-		v_store(s + i, x);
-		m0 = v_max(x, m0);
-	}
-	vf top = v_set1(v_hmax(v_max(m0, m1)));
-	for (i = 0; i < n; i += 2 * VL) {
-		vf e0 = v_exp(v_load(s + i) - top), e1 = v_exp(v_load(s + i + VL) - top);
+	for (; i < n; i += VL) m0 = v_max(v_sel(v_first(n - i), v_load(s + i) * c, inf), m0);
+	vf top = v_zero() - v_set1(v_hmax(v_max(m0, m1)));
+#define ATT_PUT(i, e)                                                                             	if (pt == MC_BF16) v_storeb(p + (i), e);                                                  	else if (dt == MC_BF16) v_store(s + (i), v_float(v_and(v_round_bf16(e), hi)));            	else v_store(s + (i), e);
+	for (i = 0; i < whole; i += 2 * VL) {
+		vf e0 = v_exp(v_fma(v_load(s + i), c, top)), e1 = v_exp(v_fma(v_load(s + i + VL), c, top));
 		s0 = s0 + e0;
 		s1 = s1 + e1;
-		if (dt == MC_BF16) {
-			v_storeb(p + i, e0);
-			v_storeb(p + i + VL, e1);
-		} else {
-			v_store(s + i, e0);
-			v_store(s + i + VL, e1);
-		}
+		ATT_PUT(i, e0)
+		ATT_PUT(i + VL, e1)
 	}
+	for (int64_t end = mc_ceil(n, 2 * VL) * 2 * VL; i < end; i += VL) {
+		vf e = v_sel(v_first(mc_max(n - i, 0)), v_exp(v_fma(v_load(s + i), c, top)), v_zero());
+		s0 = s0 + e;
+		ATT_PUT(i, e)
+	}
+#undef ATT_PUT
 	return v_sum(s0 + s1);
 }
 
@@ -58,60 +54,81 @@ struct att_seq {
 	int64_t ldv;
 };
 
-// att_pack_k packs n rows of K into a panel. In f32, and in bf16 with an even
-// number of columns, that is a transposition of 32-bit words.
-V_INLINE void att_pack_k(const int dt, void *dst, const char *src, int64_t ld, int64_t n, int64_t dh) {
+enum { ATT_AHEAD = 8 }; // rows of K and V that are asked for ahead: they lie far apart, and no hardware foresees them
+
+V_INLINE void att_fetch(const char *p, int64_t bytes) {
+	for (int64_t b = 0; b < bytes; b += MC_LINE) __builtin_prefetch(p + b);
+}
+
+// att_pack_k packs n rows of K, of left that follow, into a panel of dtype pt. In f32, and in
+// bf16 with an even number of columns, that is a transposition of 32-bit words. w holds a
+// panel of dtype dt, should it be another.
+V_INLINE void att_pack_k(const int dt, const int pt, void *dst, const char *src, int64_t ld, int64_t n, int64_t left, int64_t dh, void *w) {
 	const int64_t es = dt == MC_BF16 ? 2 : 4;
 	if (dt == MC_BF16 && dh % 2) {
-		pack_nk_bf16(dst, src, dt, ld, n, dh);
+		if (pt == MC_BF16) pack_nk_bf16(dst, src, dt, ld, n, dh);
+		else pack_nk_f32(dst, src, dt, ld, n, dh);
 		return;
 	}
-	for (int64_t j = 0; j < MC_NR; j += VL)
-		transpose((float *)dst + j, MC_NR, src + j * ld * es, ld * es, n - j, dh * es / 4);
+	float *to = dt == pt ? dst : w;
+	for (int64_t j = 0; j < MC_NR; j += VL) {
+		for (int64_t i = j + ATT_AHEAD; i < mc_min(j + ATT_AHEAD + VL, left); i++) att_fetch(src + i * ld * es, dh * es);
+		transpose(to + j, MC_NR, src + j * ld * es, ld * es, n - j, dh * es / 4);
+	}
+#if defined(KBLOCK)
+	if (dt != pt) widen_pairs(w, dh, dst);
+#endif
+}
+
+// att_pack_v packs V into panels of dtype pt.
+V_INLINE void att_pack_v(const int dt, const int pt, const struct att_seq *h, int64_t dh, char *v) {
+	const int64_t es = dt == MC_BF16 ? 2 : 4, panel = mc_panel_bytes(pt, h->nk);
+	if (pt == MC_BF16) {
+		for (int64_t d = 0; d < dh; d += MC_NR, v += panel)
+			pack_kn_bf16((uint32_t *)v, h->v + d * es, dt, h->ldr, mc_min(MC_NR, dh - d), h->nk);
+		return;
+	}
+	for (int64_t i = 0; i < h->nk; i++) {
+		const char *src = h->v + i * h->ldr * es;
+		if (i + ATT_AHEAD < h->nk) att_fetch(src + ATT_AHEAD * h->ldr * es, dh * es);
+		float *to = (float *)v + i * MC_NR;
+		for (int64_t d = 0; d < dh; d += MC_NR, to += panel / 4)
+			for (int64_t j = 0; j < MC_NR; j += VL) v_store(to + j, d + j < dh ? ld(dt, src, d + j, dh - d - j) : v_zero());
+	}
 }
 
 // att_pack packs K, and V too unless its rows can be used where they are, which
 // pays for few queries. The products are the same either way.
-V_INLINE void att_pack(const int dt, const struct mc_attention *a, struct att_seq *h, int in_place, char *k, char *v) {
-	const int64_t es = dt == MC_BF16 ? 2 : 4;
-	int64_t dh = a->dh;
-	for (int64_t j = 0; j < h->nk; j += MC_NR, k += mc_panel_bytes(dt, dh)) {
-		int64_t n = mc_min(MC_NR, h->nk - j);
-		att_pack_k(dt, k, h->k + j * h->ldk * es, h->ldk, n, dh);
-	}
+V_INLINE void att_pack(const int dt, const int pt, const struct mc_attention *a, struct att_seq *h, int in_place, char *scratch,
+                       const struct mc_att_layout *l) {
+	const int64_t es = dt == MC_BF16 ? 2 : 4, dh = a->dh;
+	char *k = scratch + l->k;
+	for (int64_t j = 0; j < h->nk; j += MC_NR, k += mc_panel_bytes(pt, dh))
+		att_pack_k(dt, pt, k, h->k + j * h->ldk * es, h->ldk, mc_min(MC_NR, h->nk - j), h->nk - j, dh, scratch + l->w);
 	h->ldv = in_place ? h->ldr : MC_NR;
-	for (int64_t d = 0; d < dh; d += MC_NR, v += mc_panel_bytes(dt, h->nk)) {
-		const char *src = AT(h->v, d * es);
-		int64_t n = mc_min(MC_NR, dh - d);
-		h->vp[d / MC_NR] = in_place ? src : v;
-		if (in_place) continue;
-		if (dt == MC_BF16) {
-			pack_kn_bf16((uint32_t *)v, src, dt, h->ldr, n, h->nk);
-			continue;
-		}
-		for (int64_t i = 0; i < h->nk; i++)
-			for (int64_t j = 0; j < MC_NR; j += VL)
-				v_store((float *)v + i * MC_NR + j, v_load_n((const float *)src + i * h->ldr + j, n - j));
-	}
+	for (int64_t d = 0; d < dh; d += MC_NR)
+		h->vp[d / MC_NR] = in_place ? AT(h->v, d * es) : scratch + l->v + d / MC_NR * mc_panel_bytes(pt, h->nk);
+	if (!in_place) att_pack_v(dt, pt, h, dh, scratch + l->v);
 }
 
 // att_block computes m rows of O from row r0 of the sequence on.
-V_INLINE void att_block(const int dt, const struct mc_attention *a, const struct att_seq *h, int64_t r0, int64_t m,
+V_INLINE void att_block(const int dt, const int pt, const struct mc_attention *a, const struct att_seq *h, int64_t r0, int64_t m,
                         char *scratch, const struct mc_att_layout *l) {
-	const int64_t es = dt == MC_BF16 ? 2 : 4, dh = a->dh;
-	char *q = scratch + l->q, *p = scratch + (dt == MC_BF16 ? l->p : l->s);
+	const int64_t es = dt == MC_BF16 ? 2 : 4, ps = pt == MC_BF16 ? 2 : 4, dh = a->dh;
+	char *q = scratch + l->q, *p = scratch + (pt == MC_BF16 ? l->p : l->s);
 	float *s = (float *)(scratch + l->s), *t = (float *)(scratch + l->t), inv[MC_ATT_ROWS];
-	int64_t see[MC_ATT_ROWS], ldp = dt == MC_BF16 ? l->ldp : l->lds;
+	int64_t see[MC_ATT_ROWS], ldp = pt == MC_BF16 ? l->ldp : l->lds;
 	for (int64_t i = 0; i < m; i++) {
-		memcpy(q + i * l->ldq * es, h->q + (r0 + i) * a->q.ld * es, (size_t)(dh * es));
-		if (r0 + m + i < h->nq) // the next block's; strided rows, which no hardware foresees
-			for (int64_t b = 0; b < dh * es; b += MC_LINE) __builtin_prefetch(h->q + (r0 + m + i) * a->q.ld * es + b);
+		const char *row = h->q + (r0 + i) * a->q.ld * es;
+		if (pt == dt) memcpy(q + i * l->ldq * ps, row, (size_t)(dh * es));
+		else to_f32((float *)q + i * l->ldq, (const mc_bf16 *)row, dh);
+		if (r0 + m + i < h->nq) att_fetch(row + m * a->q.ld * es, dh * es); // the next block's
 		see[i] = a->causal ? mc_max(0, h->nk - h->nq + r0 + i + 1) : h->nk;
 	}
 	for (int64_t j = 0; j < see[m - 1]; j += MC_NR)
-		att_mul(dt, m, dh, q, l->ldq, scratch + l->k + j / MC_NR * mc_panel_bytes(dt, dh), 0, MC_NR, s + j, l->lds, 0);
+		att_mul(pt, m, dh, q, l->ldq, scratch + l->k + j / MC_NR * mc_panel_bytes(pt, dh), 0, MC_NR, s + j, l->lds, 0);
 	for (int64_t i = 0; i < m; i++) {
-		float sum = att_softmax(dt, s + i * l->lds, (mc_bf16 *)p + i * ldp, see[i], a->scale);
+		float sum = att_softmax(dt, pt, s + i * l->lds, (mc_bf16 *)p + i * ldp, see[i], a->scale);
 		inv[i] = 1 / sum;
 	}
 	// Keys that all rows see, in whole pairs, and then the others row by row:
@@ -119,10 +136,10 @@ V_INLINE void att_block(const int dt, const struct mc_attention *a, const struct
 	int64_t all = see[0] == see[m - 1] ? see[0] : see[0] / 2 * 2;
 	for (int64_t d = 0; d < dh; d += MC_NR) {
 		const void *v = h->vp[d / MC_NR];
-		att_mul(dt, m, all, p, ldp, v, 0, h->ldv, t, MC_NR, 0);
+		att_mul(pt, m, all, p, ldp, v, 0, h->ldv, t, MC_NR, 0);
 		for (int64_t i = 0; i < m; i++) {
 			if (see[i] > all)
-				att_mul(dt, 1, see[i] - all, p + (i * ldp + all) * es, ldp, v, all, h->ldv, t + i * MC_NR, MC_NR, 1);
+				att_mul(pt, 1, see[i] - all, p + (i * ldp + all) * ps, ldp, v, all, h->ldv, t + i * MC_NR, MC_NR, 1);
 			char *o = h->o + ((r0 + i) * a->o.ld + d) * es;
 			vf c = v_set1(inv[i]);
 			for (int64_t j = 0, n = mc_min(MC_NR, dh - d); j < n; j += VL)
@@ -143,8 +160,9 @@ static void att_gather(const struct mc_attention *a, const struct mc_mat *x, int
 }
 
 V_INLINE void att_worker(const int dt, struct mc_worker *w, const struct mc_attention *a) {
-	const int64_t es = dt == MC_BF16 ? 2 : 4;
-	struct mc_att_layout l = mc_att_layout(a);
+	const int pt = mc_att_products(dt, GEMM_BLOCKED);
+	const int64_t es = dt == MC_BF16 ? 2 : 4, rows = mc_att_rows(GEMM_BLOCKED);
+	struct mc_att_layout l = mc_att_layout(a, GEMM_BLOCKED);
 	struct att_seq h = {0};
 	char *scratch = w->scratch;
 	int64_t s = 0, first = 0, packed = -1; // first: item number where sequence s begins
@@ -174,10 +192,10 @@ V_INLINE void att_worker(const int dt, struct mc_worker *w, const struct mc_atte
 				h.v = AT((const char *)a->v.p, (a->koff[s] * a->v.ld + head * a->dh) * es);
 			}
 			h.o = (char *)a->o.p + (a->qoff[s] * a->o.ld + head * a->dh) * es;
-			int in_place = dt == MC_F32 && h.nq <= MC_ATT_ROWS && a->dh % MC_NR == 0 && h.nk > 0;
-			att_pack(dt, a, &h, in_place, scratch + l.k, scratch + l.v);
+			int in_place = dt == MC_F32 && h.nq <= rows && a->dh % MC_NR == 0 && h.nk > 0;
+			att_pack(dt, pt, a, &h, in_place, scratch, &l);
 		}
-		for (; r0 < end; r0 += MC_ATT_ROWS) att_block(dt, a, &h, r0, mc_min(MC_ATT_ROWS, end - r0), scratch, &l);
+		for (; r0 < end; r0 += rows) att_block(dt, pt, a, &h, r0, mc_min(rows, end - r0), scratch, &l);
 	}
 }
 

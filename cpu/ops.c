@@ -56,11 +56,12 @@ int mc_attention_run(struct mc_attention *a, int nt) {
 	if (pairs == 0) return MC_OK;
 	// With enough heads a worker takes all queries of one, else a block at a
 	// time; then several workers pack the same K and V, each for itself.
-	a->chunk = nt == 1 || pairs >= 4 * nt ? longest : MC_ATT_ROWS;
+	int blocked = mc_kern()->blocked;
+	a->chunk = nt == 1 || pairs >= 4 * nt ? longest : mc_att_rows(blocked);
 	a->items = 0;
 	for (int64_t s = 0; s < a->seqs; s++) a->items += mc_ceil(a->qoff[s + 1] - a->qoff[s], a->chunk) * a->heads;
 	nt = (int)mc_min(useful(nt, work), a->items);
-	return mc_parallel_take(nt, mc_att_layout(a).end, mc_kern()->ops->attention, a);
+	return mc_parallel_take(nt, mc_att_layout(a, blocked).end, mc_kern()->ops->attention, a);
 }
 
 int mc_conv_run(struct mc_conv *a, int nt) {

@@ -162,14 +162,6 @@ V_INLINE vf v_zero(void) { return v_set1(0); }
 V_INLINE vf v_abs(vf a) { return v_float(v_and(v_bits(a), v_set1i(0x7fffffff))); }
 
 #if !defined(MC_ISA_AVX512)
-V_INLINE vf v_ldexp(vf x, vf n) {
-	// Two factors, since 2ⁿ alone may overflow or be subnormal where x·2ⁿ does
-	// not; the magic number leaves an integer's low bits in the mantissa.
-	vf magic = v_set1(12582912.0f), half = (n * v_set1(0.5f) + magic) - magic, rest = n - half;
-	vi a = v_shl(v_addi(v_bits(half + magic), v_set1i(127 - 0x4b400000)), 23);
-	vi b = v_shl(v_addi(v_bits(rest + magic), v_set1i(127 - 0x4b400000)), 23);
-	return x * v_float(a) * v_float(b);
-}
 V_INLINE vf v_loadb_n(const mc_bf16 *p, int64_t n) {
 	mc_bf16 t[VL] = {0};
 	if (n > 0) memcpy(t, p, (size_t)mc_min(n, VL) * 2);

@@ -2,11 +2,14 @@
 // formulas say. Polynomials and rationals were fitted in 40-digit arithmetic
 // (minimax by Lawson's iteration); the errors named are those of the fit.
 
-// v_exp is eˣ: x = n·ln2 + r with |r| ≤ ln2/2, e^r = 1 + r + r²·p(r), fit 3.1e-9.
+// v_exp is eˣ: x = n·ln2 + r with |r| ≤ ln2/2, e^r = 1 + r + r²·p(r), fit 3.1e-9. Without
+// AVX-512 results below 2^-126 are 0 and those above 2^127.5 Inf.
 V_INLINE vf v_exp(vf x) {
+#if defined(MC_ISA_AVX512)
 	x = v_min(v_set1(89.0f), v_max(v_set1(-104.0f), x)); // beyond: Inf and 0; keeps NaN
+#endif
 	vf magic = v_set1(12582912.0f); // 1.5·2^23: adding it rounds to an integer
-	vf n = v_fma(x, v_set1(0x1.715476p+0f), magic) - magic;
+	vf t = v_fma(x, v_set1(0x1.715476p+0f), magic), n = t - magic;
 	vf r = v_fnma(n, v_set1(0x1.62e4p-1f), x); // ln2 in two parts, n·head is exact
 	r = v_fnma(n, v_set1(0x1.7f7d1cp-20f), r);
 	vf p = v_set1(0x1.6a2444p-10f);
@@ -15,7 +18,15 @@ V_INLINE vf v_exp(vf x) {
 	p = v_fma(p, r, v_set1(0x1.555492p-3f));
 	p = v_fma(p, r, v_set1(0x1.fffffcp-2f));
 	p = v_fma(p, r * r, r) + v_set1(1.0f);
+#if defined(MC_ISA_AVX512)
 	return v_ldexp(p, n);
+#else
+	// n lies in the low bits of t; 2ⁿ is finite for the x that are not replaced, and a
+	// product lets a NaN of any payload through.
+	p = p * v_float(v_addi(v_shl(v_bits(t), 23), v_set1i(127 << 23)));
+	p = v_sel(v_lt(x, v_set1(-0x1.5d589ep+6f)), v_zero(), p);
+	return v_sel(v_lt(v_set1(0x1.61814ap+6f), x), v_set1(__builtin_inff()), p);
+#endif
 }
 
 // v_silu is x·σ(x) = x / (1 + e^-x).
