@@ -114,10 +114,11 @@ struct mc_epilogue {
 	int y_dtype;
 	int act;
 	const float *bias; // [n]
-	const float *gate; // row r uses gate row r / gate_rows
+	const float *gate; // row r uses gate row (row0 + r) / gate_rows
 	int64_t ldg, gate_rows;
 	const float *res; // may be y
 	int64_t ldr;
+	int64_t row0;
 };
 
 // Y[m, n] = epilogue(X · W[n0 … n0+n-1]ᵀ); bias is indexed from 0 for column n0.
@@ -129,6 +130,7 @@ struct mc_gemm {
 	int x_dtype, w_dtype;
 	const void *w; // packed
 	struct mc_epilogue epi;
+	float *streams; // A as gemm_streams leaves it, or NULL; set by mc_gemm_run
 };
 
 int mc_gemm_run(const struct mc_gemm *g, int nt);
@@ -149,8 +151,10 @@ struct mc_kernels {
 	void (*pack_nk_f32)(float *dst, const void *src, int src_dtype, int64_t ld, int64_t n, int64_t k);
 	void (*pack_nk_bf16)(uint32_t *dst, const void *src, int src_dtype, int64_t ld, int64_t n, int64_t k);
 
-	// GEMM on one worker's share, called by mc_gemm_run.
+	// GEMM on one worker's share, called by mc_gemm_run; before it, if blocked, the same of
+	// A for streams.
 	void (*gemm)(struct mc_worker *w, const struct mc_gemm *g);
+	void (*gemm_streams)(struct mc_worker *w, const struct mc_gemm *g);
 	// Head loop, called by mc_head_run (head.h).
 	void (*head)(struct mc_worker *w, struct mc_head *h);
 

@@ -1,4 +1,6 @@
 // gemm.c: GEMM and packing on the pool.
+#include <stdatomic.h>
+
 #include "gemm.h"
 
 static void gemm_worker(struct mc_worker *w, void *ctx) { mc_kern()->gemm(w, ctx); }
@@ -8,9 +10,46 @@ static void gemm_worker(struct mc_worker *w, void *ctx) { mc_kern()->gemm(w, ctx
 
 static int useful(int nt, int64_t work) { return (int)mc_max(1, mc_min(nt, work / WORTH)); }
 
+static void streams_worker(struct mc_worker *w, void *ctx) { mc_kern()->gemm_streams(w, ctx); }
+
+// spare is memory for streams that no product uses, or NULL. It is kept, for mapping it anew
+// costs more than filling it.
+static struct streams {
+	size_t bytes;
+} *_Atomic spare;
+
+static struct streams *borrow(size_t bytes) {
+	struct streams *s = atomic_exchange(&spare, NULL);
+	if (s && s->bytes >= bytes) return s;
+	mc_free(s);
+	s = mc_alloc(MC_LINE + bytes);
+	if (s) s->bytes = bytes;
+	return s;
+}
+
+// in_streams runs g in slabs of rows whose A is brought into streams first; 0: there is no
+// memory, and nothing was done.
+static int in_streams(const struct mc_gemm *g, int nt, int *status) {
+	int64_t slabs = mc_ceil(g->m * g->k * 4, MC_GEMM_STREAM_BYTES);
+	struct streams *s = borrow((size_t)(mc_ceil(g->m, slabs) * g->k * 4));
+	if (!s) return 0;
+	*status = MC_OK;
+	for (int64_t i = 0; i < slabs && *status == MC_OK; i++) {
+		struct mc_gemm part = mc_gemm_rows(g, g->m * i / slabs, g->m * (i + 1) / slabs);
+		part.streams = (float *)((char *)s + MC_LINE);
+		*status = mc_parallel_take(nt, 0, streams_worker, &part);
+		if (*status == MC_OK) *status = mc_parallel_take(nt, mc_gemm_scratch(&part, 1), gemm_worker, &part);
+	}
+	mc_free(atomic_exchange(&spare, s));
+	return 1;
+}
+
 int mc_gemm_run(const struct mc_gemm *g, int nt) {
 	if (g->m <= 0 || g->n <= 0) return MC_OK;
-	return mc_parallel_take(useful(nt, g->m * g->n * (g->k + 16)), mc_gemm_scratch(g, mc_kern()->blocked), gemm_worker, (void *)g);
+	int blocked = mc_kern()->blocked, status;
+	nt = useful(nt, g->m * g->n * (g->k + 16));
+	if (blocked && mc_gemm_streams(g) && in_streams(g, nt, &status)) return status;
+	return mc_parallel_take(nt, mc_gemm_scratch(g, blocked), gemm_worker, (void *)g);
 }
 
 struct pack {

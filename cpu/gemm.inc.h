@@ -21,7 +21,7 @@ V_INLINE void epi_tile(const int act, const int gated, const int f32, const stru
                        int64_t c0, int64_t m, int64_t n, const float *t, int64_t ldt) {
 	const float *bias = AT(e->bias, c0);
 	for (int64_t i = 0; i < m; i++, t += ldt) {
-		int64_t r = r0 + i, j = 0, g = e->gate_rows > 1 ? r / e->gate_rows : r;
+		int64_t r = r0 + i, j = 0, g = (e->row0 + r) / mc_max(e->gate_rows, 1);
 		const float *gate = gated ? AT(e->gate, g * e->ldg + c0) : NULL;
 		const float *res = gated ? AT(e->res, r * e->ldr + c0) : NULL;
 		const int64_t es = f32 ? 4 : 2;
@@ -65,7 +65,7 @@ V_INLINE int epi_direct(const struct mc_epilogue *e, int64_t n) {
 V_INLINE void epi_fetch(const struct mc_epilogue *e, int64_t r0, int64_t c0, int64_t m) {
 	if (!e->gate && !e->res) return;
 	for (int64_t r = r0; r < r0 + m; r++) {
-		const float *gate = AT(e->gate, (e->gate_rows > 1 ? r / e->gate_rows : r) * e->ldg + c0);
+		const float *gate = AT(e->gate, (e->row0 + r) / mc_max(e->gate_rows, 1) * e->ldg + c0);
 		const float *res = AT(e->res, r * e->ldr + c0);
 		if (gate) __builtin_prefetch(gate), __builtin_prefetch(gate + 16);
 		if (res) __builtin_prefetch(res), __builtin_prefetch(res + 16);
@@ -92,16 +92,20 @@ static void round_bf16(float *dst, const float *src, int64_t n) {
 	if (i < n) v_store_n(dst + i, v_float(v_and(v_round_bf16(v_load_n(src + i, n - i)), hi)), n - i);
 }
 
+// to_product brings n elements x of A into f32, as the product takes them.
+static void to_product(const struct mc_gemm *g, float *dst, const char *x, int64_t n) {
+	if (g->x_dtype == MC_BF16) to_f32(dst, (const mc_bf16 *)x, n);
+	else if (g->w_dtype == MC_BF16) round_bf16(dst, (const float *)x, n);
+	else memcpy(dst, x, (size_t)n * 4);
+}
+
 // block_a is columns k0 … k0+k-1 of m rows of A (x, row stride *ld) in f32: where
 // they lie, or widened or rounded to bf16 in ax, at stride KBLOCK (*ld then).
 static const float *block_a(const struct mc_gemm *g, const char *x, int64_t *ld, int64_t m, int64_t k0, int64_t k, float *ax) {
 	int64_t ldx = *ld;
-	int wide = g->x_dtype == MC_F32;
-	if (wide && g->w_dtype == MC_F32) return (const float *)x + k0;
+	if (g->x_dtype == MC_F32 && g->w_dtype == MC_F32) return (const float *)x + k0;
 	*ld = KBLOCK;
-	for (int64_t i = 0; i < m; i++)
-		if (wide) round_bf16(ax + i * KBLOCK, (const float *)x + i * ldx + k0, k);
-		else to_f32(ax + i * KBLOCK, (const mc_bf16 *)x + i * ldx + k0, k);
+	for (int64_t i = 0; i < m; i++) to_product(g, ax + i * KBLOCK, x + (i * ldx + k0) * (g->x_dtype == MC_F32 ? 4 : 2), k);
 	return ax;
 }
 
@@ -110,14 +114,17 @@ static const float *block_a(const struct mc_gemm *g, const char *x, int64_t *ld,
 static void gemm_blocks(const struct mc_gemm *g, const char *x, int64_t ldx, int64_t r0, int64_t m, int64_t p0,
                         int64_t p1, float *tiles) {
 	int64_t panel = mc_panel_bytes(g->w_dtype, g->k), row = MC_NR * (g->w_dtype == MC_F32 ? 4 : 2); // bytes
-	float *ax = tiles + MC_GEMM_PANELS * MC_GEMM_ROWS * MC_NR, *bx = ax + MC_GEMM_ROWS * KBLOCK;
-	int64_t block = m > 32 ? KBLOCK : KBLOCK / 2; // few rows leave little time to fetch what follows
-	for (int64_t q0 = p0, q1; q0 < p1; q0 = q1) {
-		q1 = mc_min(q0 + MC_GEMM_PANELS, p1);
+	float *ax = tiles + MC_GEMM_PANELS * MC_GEMM_BLOCK_ROWS * MC_NR, *bx = ax + MC_GEMM_BLOCK_ROWS * KBLOCK;
+	int64_t block = m > 32 || g->streams ? KBLOCK : KBLOCK / 2; // few rows leave little time to fetch what follows
+	int64_t sets = mc_ceil(p1 - p0, MC_GEMM_PANELS);
+	for (int64_t i = 0; i < sets; i++) {
+		int64_t q0 = p0 + (p1 - p0) * i / sets, q1 = p0 + (p1 - p0) * (i + 1) / sets;
 		for (int64_t k0 = 0, kn; k0 < g->k; k0 += kn) {
 			kn = mc_min(block, g->k - k0);
 			int64_t lda = ldx, last = k0 + kn == g->k;
-			const float *a = block_a(g, x, &lda, m, k0, kn, ax);
+			const float *a;
+			if (g->streams) a = g->streams + r0 * g->k + m * k0, lda = kn;
+			else a = block_a(g, x, &lda, m, k0, kn, ax);
 			for (int64_t p = q0; p < q1; p++) {
 				const char *w = g->w, *b = w + p * panel + k0 * row;
 				// What comes after this block; blocks are even, so that pairs stay whole.
@@ -132,7 +139,7 @@ static void gemm_blocks(const struct mc_gemm *g, const char *x, int64_t ldx, int
 				int direct = last && epi_direct(&g->epi, n);
 				float *y = direct ? (float *)g->epi.y + r0 * g->epi.ldy + c0 - g->n0 : c;
 				if (last) epi_claim(&g->epi, r0, c0 - g->n0, m);
-				block_f32(m, kn, a, lda, bf, c, MC_NR, k0 > 0, y, direct ? g->epi.ldy : MC_NR,
+				block_f32(m, kn, a, lda, g->streams != NULL, bf, c, MC_NR, k0 > 0, y, direct ? g->epi.ldy : MC_NR,
 				          direct ? AT(g->epi.bias, c0 - g->n0) : NULL, next, next ? kn * row : 0);
 				if (last && !direct) epilogue(&g->epi, r0, c0 - g->n0, m, n, c + c0 - p * MC_NR, MC_NR);
 			}
@@ -140,8 +147,28 @@ static void gemm_blocks(const struct mc_gemm *g, const char *x, int64_t ldx, int
 	}
 }
 
+// gemm_streams writes A into g->streams: for each group of rows the blocks of k, one after
+// the other, and in each the rows in stream_at's order.
+static void gemm_streams(struct mc_worker *w, const struct mc_gemm *g) {
+	int64_t groups = mc_gemm_groups(g, 1), parts = mc_ceil(g->m, MC_GEMM_STREAM_ROWS), es = g->x_dtype == MC_F32 ? 4 : 2;
+	for (int64_t t = mc_take(w); t < parts; t = mc_take(w)) {
+		int64_t rg = 0;
+		for (int64_t r = g->m * t / parts; r < g->m * (t + 1) / parts; r++) {
+			while (r >= g->m * (rg + 1) / groups) rg++;
+			int64_t lo = g->m * rg / groups, m = g->m * (rg + 1) / groups - lo, at = stream_at(r - lo, m);
+			const char *x = (const char *)g->x + r * g->ldx * es;
+			float *dst = g->streams + lo * g->k;
+			for (int64_t k0 = 0, kn; k0 < g->k; k0 += kn) {
+				kn = mc_min(KBLOCK, g->k - k0);
+				to_product(g, dst + m * k0 + at * kn, x + k0 * es, kn);
+			}
+		}
+	}
+}
+
 #else
 enum { GEMM_BLOCKED = 0 };
+static void (*const gemm_streams)(struct mc_worker *, const struct mc_gemm *) = NULL;
 #endif
 
 // gemm_cut tells whether a product of m rows of A goes by blocks of k.
@@ -153,7 +180,7 @@ static void gemm_core(const struct mc_gemm *g, const void *x, int64_t ldx, int64
                       int64_t p1, float *tile) {
 #if defined(KBLOCK)
 	if (gemm_cut(g, m)) {
-		int64_t groups = mc_ceil(m, MC_GEMM_ROWS), es = g->x_dtype == MC_F32 ? 4 : 2;
+		int64_t groups = mc_ceil(m, MC_GEMM_BLOCK_ROWS), es = g->x_dtype == MC_F32 ? 4 : 2;
 		for (int64_t i = 0; i < groups; i++) {
 			int64_t lo = m * i / groups, hi = m * (i + 1) / groups;
 			gemm_blocks(g, (const char *)x + lo * ldx * es, ldx, r0 + lo, hi - lo, p0, p1, tile);
@@ -181,10 +208,10 @@ static void gemm_core(const struct mc_gemm *g, const void *x, int64_t ldx, int64
 			const float *bias = direct ? AT(g->epi.bias, c0 - g->n0) : NULL;
 			for (int64_t j = 0; j < MC_NR; j += KN) {
 				if (g->w_dtype == MC_F32)
-					kern_f32_table[hi - lo](1, g->k, (const float *)x + lo * ldx, ldx, (const float *)b + j,
+					kern_f32_table[hi - lo](1, g->k, (const float *)x + lo * ldx, ldx, 0, (const float *)b + j,
 					                        MC_NR, c + j, ldc, 0, c + j, ldc, AT(bias, j), pf, end, pfs);
 				else
-					kern_bf16_table[hi - lo](1, g->k, (const mc_bf16 *)x + lo * ldx, ldx,
+					kern_bf16_table[hi - lo](1, g->k, (const mc_bf16 *)x + lo * ldx, ldx, 0,
 					                         (const uint32_t *)b + j, MC_NR, c + j, ldc, 0, c + j, ldc, AT(bias, j), pf, end, pfs);
 				if (pfs) pf += part;
 			}

@@ -20,6 +20,7 @@ const struct mc_kernels MC_KERNELS = {
 	.pack_nk_f32 = pack_nk_f32,
 	.pack_nk_bf16 = pack_nk_bf16,
 	.gemm = gemm,
+	.gemm_streams = gemm_streams,
 	.head = head,
 	.peak = peak,
 	.stream = stream,

@@ -63,12 +63,13 @@
 	}
 
 // What micro-kernels take: n blocks of mr rows, one after the other, of Y = A · B, plus C if
-// add (which may be Y), plus a bias for each column if any; see mul_f32. Meanwhile lines from
+// add (which may be Y), plus a bias for each column if any; see mul_f32. Rows of A are lda
+// apart in a block, and as from one block to the next. Meanwhile lines from
 // pf on are fetched, about pfs bytes of them a step, in blocks that begin with pf before end.
 // The caller places pf: on the same panel when B streams from memory, else on a part of what
 // follows. NULL: none.
 #define KERN_ARGS(atype, btype)                                                                   \
-	int64_t n, int64_t k, const atype *a, int64_t lda, const btype *b, int64_t ldb, const float *c, int64_t ldc, \
+	int64_t n, int64_t k, const atype *a, int64_t lda, int64_t as, const btype *b, int64_t ldb, const float *c, int64_t ldc, \
 	    int add, float *y, int64_t ldy, const float *bias, const char *pf, const char *end, int64_t pfs
 
 #define KERN_PREFETCH                                                                             \
@@ -118,7 +119,7 @@ V_INLINE void kern_rounds(const int mr, int64_t k, vf (*acc)[KNV], const float *
 #endif
 
 V_INLINE void kern_f32(const int mr, KERN_ARGS(float, float)) {
-	for (; n > 0; n--, a += mr * lda, c += mr * ldc, y += mr * ldy) {
+	for (; n > 0; n--, a += as, c += mr * ldc, y += mr * ldy) {
 		const int fetch = pf < end;
 		KERN_BEGIN(float)
 #if KUN > 1
@@ -148,7 +149,7 @@ V_INLINE void kern_f32(const int mr, KERN_ARGS(float, float)) {
 }
 
 V_INLINE void kern_bf16(const int mr, KERN_ARGS(mc_bf16, uint32_t)) {
-	for (; n > 0; n--, a += mr * lda, c += mr * ldc, y += mr * ldy) {
+	for (; n > 0; n--, a += as, c += mr * ldc, y += mr * ldy) {
 		const int fetch = pf < end;
 		KERN_BEGIN(mc_bf16)
 		int64_t kk = 0;
@@ -176,12 +177,12 @@ V_INLINE void kern_bf16(const int mr, KERN_ARGS(mc_bf16, uint32_t)) {
 #define KERN_OF(mr)                                                                               \
 	static void kern_f32_##mr(KERN_ARGS(float, float)) {                                      \
 		if (KUN > 1 && ldb == MC_NR)                                                      \
-			kern_f32(mr, n, k, a, lda, b, MC_NR, c, ldc, add, y, ldy, bias, pf, end, pfs); \
+			kern_f32(mr, n, k, a, lda, as, b, MC_NR, c, ldc, add, y, ldy, bias, pf, end, pfs); \
 		else                                                                              \
-			kern_f32(mr, n, k, a, lda, b, ldb, c, ldc, add, y, ldy, bias, pf, end, pfs); \
+			kern_f32(mr, n, k, a, lda, as, b, ldb, c, ldc, add, y, ldy, bias, pf, end, pfs); \
 	}                                                                                         \
 	static void kern_bf16_##mr(KERN_ARGS(mc_bf16, uint32_t)) {                                \
-		kern_bf16(mr, n, k, a, lda, b, ldb, c, ldc, add, y, ldy, bias, pf, end, pfs);     \
+		kern_bf16(mr, n, k, a, lda, as, b, ldb, c, ldc, add, y, ldy, bias, pf, end, pfs);     \
 	}
 
 KERN_OF(1) KERN_OF(2) KERN_OF(3)
@@ -211,21 +212,24 @@ static const kern_f32_fn kern_f32_table[KMR + 1] = KERN_TABLE(f32);
 static const kern_bf16_fn kern_bf16_table[KMR + 1] = KERN_TABLE(bf16);
 
 // rows_f32 and rows_bf16 multiply n rows with a whole panel, in even blocks of rows: high
-// ones of low + 1 rows, then the others.
+// ones of low + 1 rows, then the others. streams: A has the rows in stream_at's order.
 #define ROWS_OF(d, atype, btype)                                                                                  \
-	static void rows_##d(KERN_ARGS(atype, btype)) {                                                           \
+	static void rows_##d(int64_t n, int64_t k, const atype *a, int64_t lda, int streams, const btype *b, int64_t ldb, \
+	                     const float *c, int64_t ldc, int add, float *y, int64_t ldy, const float *bias, const char *pf, \
+	                     const char *end, int64_t pfs) {                                                      \
 		int64_t blocks = mc_ceil(n, KMR), low = n / mc_max(blocks, 1), high = n - blocks * low;           \
 		const char *pf2 = AT(pf, high * k * pfs);                                                         \
 		for (int64_t j = 0; j < MC_NR; j += KN) {                                                         \
 			const float *bj = AT(bias, j);                                                            \
-			int64_t cut = high * (low + 1);                                                           \
+			int64_t cut = high * (low + 1), others = blocks - high;                                   \
 			if (high)                                                                                 \
-				kern_##d##_table[low + 1](high, k, a, lda, b + j, ldb, c + j, ldc, add, y + j, ldy, bj, \
-				                          pf, end, pfs);                                          \
-			if (blocks > high)                                                                        \
-				kern_##d##_table[low](blocks - high, k, a + cut * lda, lda, b + j, ldb,           \
-				                      c + cut * ldc + j, ldc, add, y + cut * ldy + j, ldy, bj, pf2, end, \
-				                      pfs);                                                       \
+				kern_##d##_table[low + 1](high, k, a, streams ? high * lda : lda,                 \
+				                          streams ? lda : (low + 1) * lda, b + j, ldb, c + j, ldc, add, \
+				                          y + j, ldy, bj, pf, end, pfs);                          \
+			if (others)                                                                               \
+				kern_##d##_table[low](others, k, a + cut * lda, streams ? others * lda : lda,     \
+				                      streams ? lda : low * lda, b + j, ldb, c + cut * ldc + j, ldc, add, \
+				                      y + cut * ldy + j, ldy, bj, pf2, end, pfs);                 \
 		}                                                                                                 \
 	}
 ROWS_OF(f32, float, float)
@@ -243,13 +247,21 @@ ROWS_OF(bf16, mc_bf16, uint32_t)
 #define KROWS(dtype) ((dtype) == MC_BF16 ? 2 * KMR : KMR)
 
 #if defined(KBLOCK)
+// stream_at is where row i of n goes so that the first rows of all blocks of rows follow each
+// other, then the second ones, …: each row of a block is in a stream of its own. Prefetchers
+// follow those from L3 and across rows; they lose rows in pieces, or several in one page.
+static int64_t stream_at(int64_t i, int64_t n) {
+	int64_t blocks = mc_ceil(n, KMR), low = n / blocks, high = n - blocks * low, cut = high * (low + 1);
+	return i < cut ? i % (low + 1) * high + i / (low + 1) : cut + (i - cut) % low * (blocks - high) + (i - cut) / low;
+}
+
 // block_f32 multiplies m rows with k <= KBLOCK rows of a panel, from C to Y as the
 // micro-kernels do, and fetches bytes at next meanwhile.
-static void block_f32(int64_t m, int64_t k, const float *a, int64_t lda, const float *b, const float *c, int64_t ldc, int add,
+static void block_f32(int64_t m, int64_t k, const float *a, int64_t lda, int streams, const float *b, const float *c, int64_t ldc, int add,
                       float *y, int64_t ldy, const float *bias, const char *next, int64_t bytes) {
 	int64_t step = MC_LINE / KUN; // so that a round fetches whole lines
 	int64_t pfs = mc_ceil(bytes, mc_ceil(m, KMR) * k * step) * step;
-	rows_f32(m, k, a, lda, b, MC_NR, c, ldc, add, y, ldy, bias, next, AT(next, bytes), pfs);
+	rows_f32(m, k, a, lda, streams, b, MC_NR, c, ldc, add, y, ldy, bias, next, AT(next, bytes), pfs);
 }
 
 // widen_pairs brings k rows of a bf16 panel into bx [k][MC_NR] in f32. There is no
@@ -278,7 +290,7 @@ static void mul_f32(int64_t m, int64_t k, const float *a, int64_t lda, const flo
 #endif
 	int64_t k0 = 0;
 	do {
-		rows_f32(m, mc_min(block, k - k0), a + k0, lda, b + k0 * ldb, ldb, c, ldc, add || k0 > 0, c, ldc, NULL, NULL, NULL, 0);
+		rows_f32(m, mc_min(block, k - k0), a + k0, lda, 0, b + k0 * ldb, ldb, c, ldc, add || k0 > 0, c, ldc, NULL, NULL, NULL, 0);
 		k0 += block;
 	} while (k0 < k);
 }
@@ -299,11 +311,11 @@ static void mul_bf16(int64_t m, int64_t k, const mc_bf16 *a, int64_t lda, const 
 			for (int64_t lo = 0; lo < m; lo += ROWS) {
 				int64_t mn = mc_min(ROWS, m - lo);
 				for (int64_t r = 0; r < mn; r++) to_f32(ax + r * KBLOCK, a + (lo + r) * lda + k0, kn);
-				rows_f32(mn, kn, ax, KBLOCK, bx, MC_NR, c + lo * ldc, ldc, add || k0 > 0, c + lo * ldc, ldc, NULL, NULL, NULL, 0);
+				rows_f32(mn, kn, ax, KBLOCK, 0, bx, MC_NR, c + lo * ldc, ldc, add || k0 > 0, c + lo * ldc, ldc, NULL, NULL, NULL, 0);
 			}
 		}
 		return;
 	}
 #endif
-	rows_bf16(m, k, a, lda, b, ldb, c, ldc, add, c, ldc, NULL, NULL, NULL, 0);
+	rows_bf16(m, k, a, lda, 0, b, ldb, c, ldc, add, c, ldc, NULL, NULL, NULL, 0);
 }
