@@ -122,6 +122,9 @@ func TestGemm(t *testing.T) {
 				gemmCase{m: 9, n: 50, k: 24, x: w, w: w, act: act, bias: true, gateRows: 1, inPlace: true}.check(t, 2)
 				gemmCase{m: 9, n: 50, k: 24, x: w, w: w, act: act, gateRows: 4, res: true}.check(t, 2)
 			}
+			// Large enough for streams, which are written by ranges of rows.
+			gemmCase{m: 131, n: 1030, k: 515, n0: 3, extra: 2, x: w, w: w, y: w, bias: true, act: engine.GELUTanh, pad: 3}.check(t, 2)
+			gemmCase{m: 181, n: 728, k: 515, x: f32, w: w, bias: true, gateRows: 7, inPlace: true}.check(t, 3)
 			for _, n0 := range []int{0, 1, 31, 32, 40, 100} {
 				gemmCase{m: 5, n: 37, k: 20, n0: n0, extra: 9, x: w, w: w, bias: true}.check(t, 2)
 			}
@@ -129,43 +132,52 @@ func TestGemm(t *testing.T) {
 	})
 }
 
+// TestGemmSlabs: rows in slabs, because A's streams have a limit, and gates that do not
+// change where slabs do.
+func TestGemmSlabs(t *testing.T) {
+	gemmCase{m: 1031, n: 515, k: 4099, x: bf16, w: bf16, y: f32, bias: true, gateRows: 7, res: true}.check(t, 2)
+}
+
 // TestGemmFixedOrder: the bits of a row do not depend on the batch, the range
 // of columns or the number of threads.
 func TestGemmFixedOrder(t *testing.T) {
-	eachISA(t, func(t *testing.T) {
-		const m, n, k = 61, 203, 115
-		r := rand.New(rand.NewSource(1))
-		xv, wv, bv := randn(r, m*k, 1), randn(r, n*k, 1), randn(r, n, 1)
-		for _, dt := range []engine.DType{f32, bf16} {
-			var want []float32
-			for _, threads := range []int{1, 2, 3, 8} {
-				f := open(t, threads)
-				x, w := f.put(dt, xv, m, k), f.put(f32, wv, n, k)
-				p, b := f.pack(w, dt), f.put(f32, bv, 1, n)
-				y := f.tensor(f32, m, n, n)
-				f.ok(f.s.Gemm(engine.GemmArgs{X: x, W: w, Packed: p, Bias: b, Act: engine.GELUErf, Y: y}))
-				got := f.get(y)
-				if want == nil {
-					want = got
-				}
-				if i := sameBits(want, got); i >= 0 {
-					t.Fatalf("%v: %d threads change element %d: %v, %v", dt, threads, i, want[i], got[i])
-				}
-				for _, rows := range []int{1, 2, 5, 14, 15, 30} {
-					for _, n0 := range []int{0, 45, 64} {
-						part := f.tensor(f32, rows, n-n0-7, n-n0-7)
-						f.ok(f.s.Gemm(engine.GemmArgs{X: x.RowsAt(m-rows, m), W: w, Packed: p, Bias: b, N0: n0, Act: engine.GELUErf, Y: part}))
-						for i, g := range f.get(part) {
-							at := (m-rows+i/part.Cols())*n + n0 + i%part.Cols()
-							if math.Float32bits(g) != math.Float32bits(want[at]) {
-								t.Fatalf("%v: %d rows from column %d, %d threads: element %d is %v, was %v", dt, rows, n0, threads, i, g, want[at])
-							}
+	for _, s := range [][3]int{{61, 203, 115}, {131, 1030, 515}} { // the second large enough for streams
+		eachISA(t, func(t *testing.T) { fixedOrder(t, s[0], s[1], s[2]) })
+	}
+}
+
+func fixedOrder(t *testing.T, m, n, k int) {
+	r := rand.New(rand.NewSource(1))
+	xv, wv, bv := randn(r, m*k, 1), randn(r, n*k, 1), randn(r, n, 1)
+	for _, dt := range []engine.DType{f32, bf16} {
+		var want []float32
+		for _, threads := range []int{1, 2, 3, 8} {
+			f := open(t, threads)
+			x, w := f.put(dt, xv, m, k), f.put(f32, wv, n, k)
+			p, b := f.pack(w, dt), f.put(f32, bv, 1, n)
+			y := f.tensor(f32, m, n, n)
+			f.ok(f.s.Gemm(engine.GemmArgs{X: x, W: w, Packed: p, Bias: b, Act: engine.GELUErf, Y: y}))
+			got := f.get(y)
+			if want == nil {
+				want = got
+			}
+			if i := sameBits(want, got); i >= 0 {
+				t.Fatalf("%v: %d threads change element %d: %v, %v", dt, threads, i, want[i], got[i])
+			}
+			for _, rows := range []int{1, 2, 5, 14, 15, 30} {
+				for _, n0 := range []int{0, 45, 64} {
+					part := f.tensor(f32, rows, n-n0-7, n-n0-7)
+					f.ok(f.s.Gemm(engine.GemmArgs{X: x.RowsAt(m-rows, m), W: w, Packed: p, Bias: b, N0: n0, Act: engine.GELUErf, Y: part}))
+					for i, g := range f.get(part) {
+						at := (m-rows+i/part.Cols())*n + n0 + i%part.Cols()
+						if math.Float32bits(g) != math.Float32bits(want[at]) {
+							t.Fatalf("%v: %d rows from column %d, %d threads: element %d is %v, was %v", dt, rows, n0, threads, i, g, want[at])
 						}
 					}
 				}
 			}
 		}
-	})
+	}
 }
 
 // TestGemmBias: a contiguous bias may have any shape.
