@@ -141,7 +141,7 @@ func (m *Margo) Activations(c Case) (int64, error) {
 // pages and threads are there.
 func (m *Margo) Warm(ctx context.Context, c Case) error {
 	if m.Engine == nil {
-		_, err := m.Run(ctx, c, func() time.Duration { return 0 })
+		_, err := m.decode(ctx, c)
 		return err
 	}
 	r := m.request(c)

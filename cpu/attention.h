@@ -25,7 +25,7 @@ struct mc_att_layout {
 
 static inline struct mc_att_layout mc_att_layout(const struct mc_attention *a, int blocked) {
 	int dt = mc_att_products(a->q.dtype, blocked);
-	int64_t keys = mc_ceil(a->max_k, MC_NR) * MC_NR;
+	int64_t keys = mc_ceil(a->max_k, MC_NR) * MC_NR, rows = mc_att_rows(blocked);
 	// An odd number of half lines or lines between rows: they must not all
 	// fall into the same few sets of L1.
 	struct mc_att_layout l = {.ldq = mc_ceil(a->dh, 64) * 64 + 32, .lds = mc_ceil(keys, 64) * 64 + 16,
@@ -33,10 +33,10 @@ static inline struct mc_att_layout mc_att_layout(const struct mc_attention *a, i
 	l.k = 0;
 	l.v = l.k + (size_t)mc_packed_bytes(dt, keys, a->dh);
 	l.q = l.v + (size_t)mc_packed_bytes(dt, a->dh, keys);
-	l.s = l.q + (size_t)(MC_ATT_ROWS * l.ldq * 4);
-	l.p = l.s + (size_t)(MC_ATT_ROWS * l.lds * 4);
-	l.t = l.p + (dt == MC_BF16 ? (size_t)(MC_ATT_ROWS * l.ldp * 2) : 0);
-	l.w = l.t + MC_ATT_ROWS * MC_NR * 4;
+	l.s = l.q + (size_t)(rows * l.ldq * 4);
+	l.p = l.s + (size_t)(rows * l.lds * 4);
+	l.t = l.p + (dt == MC_BF16 ? (size_t)(rows * l.ldp * 2) : 0);
+	l.w = l.t + (size_t)(rows * MC_NR * 4);
 	l.gk = l.w + (dt != a->q.dtype ? (size_t)mc_panel_bytes(MC_BF16, a->dh) : 0);
 	size_t gathered = a->blocks ? (size_t)mc_ceil(a->max_k * a->dh * (a->q.dtype == MC_BF16 ? 2 : 4), MC_LINE) * MC_LINE : 0;
 	l.gv = l.gk + gathered;

@@ -6,12 +6,17 @@
 // depends on its own scores only: every sum runs over Dh or over the keys in
 // order, whatever queries share the block.
 
+// att_put stores exponentials e from i on, of dtype dt as products of dtype pt take them: in s if
+// pt is F32, else in p.
+V_INLINE void att_put(const int dt, const int pt, float *s, mc_bf16 *p, int64_t i, vf e) {
+	if (pt == MC_BF16) v_storeb(p + i, e);
+	else v_store(s + i, dt == MC_BF16 ? v_to_bf16(e) : e);
+}
+
 // att_softmax turns n scores s into e^(scale·s − max), rounded up to two whole vectors with
-// zeros, of dtype dt as products of dtype pt take them: in place if pt is F32, else in p.
-// Returns their sum (before they are rounded to bf16). A NaN score makes the sum NaN.
+// zeros, where att_put puts them. Returns their sum (before they are rounded to bf16). A NaN score makes the sum NaN.
 V_INLINE float att_softmax(const int dt, const int pt, float *s, mc_bf16 *p, int64_t n, float scale) {
 	vf c = v_set1(scale), inf = v_set1(-__builtin_inff()), m0 = inf, m1 = inf, s0 = v_zero(), s1 = v_zero();
-	vi hi = v_set1i((int32_t)0xffff0000u);
 	int64_t i = 0, whole = n / (2 * VL) * 2 * VL;
 	for (; i < whole; i += 2 * VL) {
 		m0 = v_max(v_load(s + i) * c, m0);
@@ -19,20 +24,18 @@ V_INLINE float att_softmax(const int dt, const int pt, float *s, mc_bf16 *p, int
 	}
 	for (; i < n; i += VL) m0 = v_max(v_sel(v_first(n - i), v_load(s + i) * c, inf), m0);
 	vf top = v_zero() - v_set1(v_hmax(v_max(m0, m1)));
-#define ATT_PUT(i, e)                                                                             	if (pt == MC_BF16) v_storeb(p + (i), e);                                                  	else if (dt == MC_BF16) v_store(s + (i), v_float(v_and(v_round_bf16(e), hi)));            	else v_store(s + (i), e);
 	for (i = 0; i < whole; i += 2 * VL) {
 		vf e0 = v_exp(v_fma(v_load(s + i), c, top)), e1 = v_exp(v_fma(v_load(s + i + VL), c, top));
 		s0 = s0 + e0;
 		s1 = s1 + e1;
-		ATT_PUT(i, e0)
-		ATT_PUT(i + VL, e1)
+		att_put(dt, pt, s, p, i, e0);
+		att_put(dt, pt, s, p, i + VL, e1);
 	}
 	for (int64_t end = mc_ceil(n, 2 * VL) * 2 * VL; i < end; i += VL) {
 		vf e = v_sel(v_first(mc_max(n - i, 0)), v_exp(v_fma(v_load(s + i), c, top)), v_zero());
 		s0 = s0 + e;
-		ATT_PUT(i, e)
+		att_put(dt, pt, s, p, i, e);
 	}
-#undef ATT_PUT
 	return v_sum(s0 + s1);
 }
 

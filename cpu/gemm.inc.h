@@ -86,10 +86,9 @@ V_INLINE void epi_claim(const struct mc_epilogue *e, int64_t r0, int64_t c0, int
 
 // round_bf16 rounds n elements to bf16 and leaves them f32.
 static void round_bf16(float *dst, const float *src, int64_t n) {
-	vi hi = v_set1i((int32_t)0xffff0000u);
 	int64_t i = 0;
-	for (; i + VL <= n; i += VL) v_store(dst + i, v_float(v_and(v_round_bf16(v_load(src + i)), hi)));
-	if (i < n) v_store_n(dst + i, v_float(v_and(v_round_bf16(v_load_n(src + i, n - i)), hi)), n - i);
+	for (; i + VL <= n; i += VL) v_store(dst + i, v_to_bf16(v_load(src + i)));
+	if (i < n) v_store_n(dst + i, v_to_bf16(v_load_n(src + i, n - i)), n - i);
 }
 
 // to_product brings n elements x of A into f32, as the product takes them.
@@ -168,7 +167,6 @@ static void gemm_streams(struct mc_worker *w, const struct mc_gemm *g) {
 
 #else
 enum { GEMM_BLOCKED = 0 };
-static void (*const gemm_streams)(struct mc_worker *, const struct mc_gemm *) = NULL;
 #endif
 
 // gemm_cut tells whether a product of m rows of A goes by blocks of k.

@@ -20,7 +20,9 @@ const struct mc_kernels MC_KERNELS = {
 	.pack_nk_f32 = pack_nk_f32,
 	.pack_nk_bf16 = pack_nk_bf16,
 	.gemm = gemm,
+#if defined(KBLOCK)
 	.gemm_streams = gemm_streams,
+#endif
 	.head = head,
 	.peak = peak,
 	.stream = stream,

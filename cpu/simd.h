@@ -177,6 +177,9 @@ V_INLINE vi v_round_bf16(vf x) {
 	return v_seli(v_isnan(x), v_or(u, v_set1i(0x400000)), r);
 }
 
+// v_to_bf16 rounds to bf16 and stays f32.
+V_INLINE vf v_to_bf16(vf x) { return v_float(v_and(v_round_bf16(x), v_set1i((int32_t)0xffff0000u))); }
+
 #if defined(MC_HAS_DOT)
 V_INLINE __m256i v_narrow(vf x) {
 	// vcvtneps2bf16 flushes subnormals to zero; so does vdpbf16ps that will
